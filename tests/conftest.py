@@ -1,0 +1,27 @@
+"""What every test shares: one thread, no progress bars, and the way to real Py2D output."""
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TURBVIT_PROGRESS", "0")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def real_py2d() -> Path | None:
+    "The folder of real Py2D output, from `$TURBVIT_PY2D` or beside the checkout; None where there is none."
+    folder = Path(os.environ.get("TURBVIT_PY2D", ROOT.parent / "shared" / "data" / "py2d"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def py2d_data() -> Path:
+    "The folder of real Py2D output; the test is skipped where there is none."
+    folder = real_py2d()
+    if folder is None:
+        pytest.skip("no real Py2D output: set TURBVIT_PY2D to its folder")
+    return folder

@@ -1,0 +1,29 @@
+"""Write README.md from nbs/index.ipynb, without Quarto: its prose, its code and the text that the code printed.
+
+Cells that start with `#| hide` are left out, and so are directives.
+"""
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme() -> str:
+    "The README as text."
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    nb.cells = [c for c in nb.cells if not c.source.lstrip().startswith("#| hide")]
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+    body, _ = MarkdownExporter().from_notebook_node(nb)
+    note = "<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n\n"
+    return note + body.strip() + "\n"
+
+
+if __name__ == "__main__":
+    target = ROOT / "README.md"
+    text = readme()
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        target.write_text(text, encoding="utf-8")
