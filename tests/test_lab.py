@@ -1,0 +1,373 @@
+"""Runs and learners as processes: crashes, full disks, signals, two writers, joining, resuming."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from turbvit_nb.lab import config as lab_config
+from turbvit_nb.lab import runs
+from turbvit_nb.lab.config import LabError, Section, load_config
+from turbvit_nb.lab.runs import atomic, open_run, read_checkpoint, read_metrics, stages
+
+
+class Net(Section):
+    depth: int = 4
+    width: int
+
+
+class Fit(Section):
+    epochs: int = 10
+    lr: float = 0.1
+
+
+@pytest.fixture
+def sections(monkeypatch):
+    "Two sections of our own in place of the chapters'."
+    points = {"model": SimpleNamespace(load=lambda: Net), "training": SimpleNamespace(load=lambda: Fit)}
+    monkeypatch.setattr(lab_config, "schemas", lambda: points)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A folder of runs of its own, and no run left open."
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for run in list(runs._open.values()):
+        run.close()
+
+
+def python(code: str, *arguments: str, **kwargs) -> subprocess.Popen:
+    "A Python process that runs `code`."
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes | kwargs)
+
+
+def until(condition, seconds: float = 30.0) -> None:
+    "Wait for `condition()`."
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+# Config
+
+
+def test_every_mistake_is_one_line(sections, home):
+    file = home / "my.toml"
+    for text, line in [
+        ("[model]\nwidth = 3\ndepht = 4", "model.depht is not a key; did you mean model.depth?"),
+        ('[model]\nwidth = "3"', 'model.width = "3": must be a valid integer'),
+        ("[model]\ndepth = 3", "model.width is missing"),
+        ("[modle]\nwidth = 3", "[modle] is not a section; did you mean [model]?"),
+        ("model = 3", "model must be a section: write [model]"),
+        ("[training]\nepochs = true", "training.epochs = true: must be a valid integer"),
+        ("[training]\nepochs = 3 4", "is not valid TOML: Expected newline or end of document after a statement (at line 2"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(LabError) as error:
+            load_config(file)
+        assert line in str(error.value) and "\n" not in str(error.value)
+    file.write_text("[training]\n")
+    with pytest.raises(LabError, match=r"my.toml needs a \[model\] section"):
+        load_config(file).section("model")
+    with pytest.raises(LabError, match="no config you.toml; the nearest is .*my.toml"):
+        load_config("you.toml")
+
+
+def test_resolved_copy_round_trips(sections, home):
+    (home / "my.toml").write_text("seed = 4\n[model]\nwidth = 3\n[training]\nlr = 1\n")
+    config = load_config("my.toml", ["training.epochs=3", "output_dir=runs/a"])
+    (home / "copy.toml").write_text(config.to_toml())
+    again = load_config("copy.toml")
+    assert again.to_dict() == config.to_dict()
+    assert again.section("training") == Fit(epochs=3, lr=1.0) and again.section("model") == Net(width=3)
+
+
+# Joining
+
+
+def test_a_stage_joins_and_history_stays(sections, home):
+    (home / "train.toml").write_text('output_dir = "runs/a"\n[model]\nwidth = 3\n[training]\nlr = 0.5\n')
+    run = open_run("train.toml", "train")
+    run.config.section("model")
+    run.finish()
+    prune = home / "prune.toml"
+    prune.write_text('output_dir = "runs/a"\n[model]\nwidth = 3\ndepth = 5\n')
+    with pytest.raises(LabError, match=r"model.depth = 5, but stage train of .*runs/a used 4"):
+        open_run(prune, "prune")
+    prune.write_text('output_dir = "a"\n[model]\nwidth = 3\n[training]\nlr = 0.7\n')  # nobody used [training] yet
+    joined = open_run(prune, "prune")
+    assert joined.config.section("model").depth == 4 and joined.config.section("training").lr == 0.7
+    assert load_config(home / "runs" / "a").section("training").lr == 0.7
+    joined.finish()
+    assert {name: entry["state"] for name, entry in stages(joined.path).items()} == {"train": "done", "prune": "done"}
+
+
+def test_a_stage_that_wrote_nothing_may_begin_again(sections, home):
+    file = home / "train.toml"
+    file.write_text('output_dir = "runs/a"\n[model]\nwidth = 3\n[training]\nlr = 0.5\n')
+    run = open_run(file, "train")
+    run.config.section("model")
+    run.interrupted(LabError("no data folder"))
+    run.close()
+    assert stages(run.path)["train"]["state"] == "failed"
+    file.write_text('output_dir = "runs/a"\n[model]\nwidth = 7\n')
+    run = open_run(file, "train")
+    assert run.config.section("model").width == 7 and not run.config.has("training")
+    with atomic(run.path / "inference" / "1.npy") as part:
+        part.write_text("something")
+    run.interrupted(LabError("the disk is full"))
+    run.close()
+    with pytest.raises(LabError, match=r"already holds stage train \(failed\); resume it with config="):
+        open_run(file, "train")
+
+
+def test_a_bad_config_leaves_no_folder(sections, home):
+    (home / "train.toml").write_text('output_dir = "runs/a"\ndevice = "gpu"\n')
+    with pytest.raises(LabError, match="is none of"):
+        open_run("train.toml", "train")
+    assert not (home / "runs").exists()
+
+
+def test_scratch_runs_do_not_meet(sections, home):
+    (home / "smoke.toml").write_text("[model]\nwidth = 3\n")
+    one, two = open_run("smoke.toml", "train"), open_run("smoke.toml", "train")
+    assert one.scratch and two.scratch and one.path != two.path
+
+
+# Two writers
+
+
+HOLD = """
+import sys, time
+from turbvit_nb.lab.runs import open_run
+run = open_run(sys.argv[1], "train")
+print("open", flush=True)
+run.log(step=1)
+time.sleep(60)
+"""
+
+
+def test_one_writer_at_a_time(home):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    holder = python(HOLD, "a.toml")
+    assert holder.stdout.readline() == "open\n"
+    folder = home / "runs" / "a"
+    assert stages(folder)["train"]["state"] == "running"
+    with pytest.raises(LabError, match=f"is being written by process {holder.pid} on "):
+        open_run(folder, "train")
+    holder.kill()
+    holder.wait()
+    assert stages(folder)["train"]["state"] == "killed"
+    open_run(folder, "train").finish()
+    assert stages(folder)["train"]["state"] == "done"
+
+
+def test_looking_does_not_lock(home):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    open_run("a.toml", "train").finish()
+    look = "import sys\nfrom turbvit_nb.lab.runs import locked\nfrom pathlib import Path\nwhile True: locked(Path(sys.argv[1]))"
+    looker = python(look, str(home / "runs" / "a"))
+    time.sleep(1.0)
+    for _ in range(20):
+        open_run(home / "runs" / "a", "train").close()
+    looker.kill()
+    looker.wait()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_stop(home, number):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    holder = python(HOLD, "a.toml")
+    holder.stdout.readline()
+    time.sleep(0.1)
+    holder.send_signal(number)
+    _, errors = holder.communicate(timeout=30)
+    assert holder.returncode != 0
+    assert stages(home / "runs" / "a")["train"]["state"] == "stopped"
+    if number == signal.SIGTERM:
+        assert errors == f"Stopped: stopped by SIGTERM; resume with config={home / 'runs' / 'a'}\n"
+
+
+def test_an_error_is_a_failure_and_one_line(home):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    code = "from turbvit_nb.lab.runs import *\nrun = open_run('a.toml', 'train')\nrun.start_checkpoint()"
+    failed = python(code)
+    _, errors = failed.communicate()
+    assert failed.returncode == 1 and errors.startswith("LabError: ") and errors.count("\n") == 1
+    entry = stages(home / "runs" / "a")["train"]
+    assert entry["state"] == "failed" and "has no checkpoints/best.tar" in entry["error"]
+
+
+MISTAKES = {
+    "run.start_checkpoint()": "LabError: ",
+    "from turbvit_nb.physics.py2d import open_store\nopen_store('nowhere')": "StoreError: ",
+}
+
+
+@pytest.mark.parametrize("cell", MISTAKES)
+def test_a_notebook_shows_one_line(home, cell):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    cells = ["from turbvit_nb.lab.runs import open_run", "run = open_run('a.toml', 'train')", cell]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    with pytest.raises(CellExecutionError) as error:
+        NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(home)}}).execute()
+    (output,) = notebook.cells[2].outputs
+    assert len(output.traceback) == 1 and output.traceback[0].startswith(MISTAKES[cell]) and "Traceback" not in str(error.value)
+    assert stages(home / "runs" / "a")["train"]["state"] == "failed"
+
+
+# Files
+
+
+SAVE = """
+import sys, torch
+from turbvit_nb.lab.runs import open_run
+run = open_run("a.toml" if sys.argv[1] == "new" else "runs/a", "train")
+print("open", flush=True)
+for step in range(10**6):
+    run.save("last", {"step": step, "w": torch.full((300_000,), float(step))})
+"""
+
+
+def test_killed_while_saving(home):
+    "At whatever moment the process dies, the checkpoint is one of those that were saved."
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    random.seed(0)
+    for attempt in range(4):
+        writer = python(SAVE, "old" if attempt else "new")
+        writer.stdout.readline()
+        until(lambda: (home / "runs" / "a" / "checkpoints" / "last.tar").exists())
+        time.sleep(random.uniform(0.0, 0.1))
+        writer.kill()
+        writer.wait()
+        state = read_checkpoint(home / "runs" / "a" / "checkpoints" / "last.tar")
+        assert (state["w"] == state["step"]).all()
+    open_run(home / "runs" / "a", "train").finish()
+    assert [p.name for p in (home / "runs" / "a" / "checkpoints").iterdir()] == ["last.tar"]
+
+
+FULL = """
+import resource, sys, torch
+from turbvit_nb.lab.runs import open_run
+run = open_run("a.toml", "train")
+run.save("last", {"w": torch.zeros(1000)})
+run.log(step=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+if sys.argv[1] == "save":
+    run.save("last", {"w": torch.zeros(100_000)})
+else:
+    for step in range(2, 10**6):
+        run.log(step=step)
+"""
+
+
+@pytest.mark.parametrize("what", ["save", "log"])
+def test_full_disk(home, what):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    writer = python(FULL, what)
+    _, errors = writer.communicate()
+    folder = home / "runs" / "a"
+    assert writer.returncode == 1 and errors.count("\n") == 1 and "no room to write" in errors
+    assert len(read_checkpoint(folder / "checkpoints" / "last.tar")["w"]) == 1000
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["last.tar"]
+    steps = [row["step"] for row in read_metrics(folder)]
+    assert steps == list(range(1, len(steps) + 1)) and (what == "save" or len(steps) > 100)
+    run = open_run(folder, "train")
+    run.log(step=len(steps) + 1)
+    assert len(run.metrics()) == len(steps) + 1
+
+
+def test_a_full_disk_found_out_late(home, monkeypatch):
+    "Some file systems tell only when the data is forced to the disk."
+    (home / "x.txt").write_text("old")
+
+    def fail(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(LabError, match="no room to write .*x.txt .*what was there is kept"), atomic(home / "x.txt") as part:
+        part.write_text("new")
+    assert (home / "x.txt").read_text() == "old" and [p.name for p in home.glob(".*")] == []
+
+
+# The learner
+
+
+LEARN = """
+import os, signal, sys, torch
+from torch import nn
+from turbvit_nb.lab.learner import *
+from turbvit_nb.lab.runs import open_run
+
+torch.manual_seed(0)
+x = torch.randn(64, 3)
+y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(64)
+
+
+class Rows:
+    def __len__(self): return 8
+    def epoch(self, epoch, skip=0):
+        for rows in torch.randperm(64, generator=torch.Generator().manual_seed(epoch)).split(8)[skip:]:
+            yield {"x": x[rows], "y": y[rows]}
+
+
+class Die(Callback):
+    def before_step(self, learner):
+        if learner.step == int(sys.argv[2]): os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+
+
+run = open_run(sys.argv[1], "train")
+model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1))  # dropout draws from the global generator
+losses = lambda model, batch: (model(batch["x"]).squeeze(-1) - batch["y"]) ** 2
+validate = lambda learner: {"score": losses(learner.model, {"x": x, "y": y}).mean().item()}
+learner = Learner(model, losses, Rows(), torch.optim.AdamW(model.parameters(), lr=0.02), [
+    Warmup(1.5), Plateau("score", patience=0), EMA(0.9), ClipGradient(1.0), Validate(validate), Log(run.log, run.rewind, every=1),
+    Checkpoint(run.save, "score", minutes=0.0), StopOnSignal(), Die()], epochs=6)
+if run.has("last"):
+    learner.load_state(run.load("last"))
+learner.fit()
+if learner.stop is None:
+    run.finish()
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_killed_in_mid_epoch_and_resumed_to_the_same_bits(home, how):
+    for name in ("straight", "killed"):
+        (home / f"{name}.toml").write_text(f'output_dir = "{name}"\nseed = 5\n')
+    straight = python(LEARN, "straight.toml", "-1", how)
+    assert straight.wait() == 0, straight.stderr.read()
+    killed = python(LEARN, "killed.toml", "21", how)
+    killed.wait()
+    folder = home / "runs" / "killed"
+    assert stages(folder)["train"]["state"] == {"SIGKILL": "killed"}.get(how, "stopped")
+    resumed = python(LEARN, "runs/killed", "-1", how)
+    assert resumed.wait() == 0, resumed.stderr.read()
+
+    both = [folder, home / "runs" / "straight"]
+    lines = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(each)] for each in both]
+    assert lines[0] == lines[1]
+    for name in ("last", "best"):
+        ours, theirs = (read_checkpoint(each / "checkpoints" / f"{name}.tar") for each in both)
+        for part in (["step"], ["model_state"], ["ema_state"], ["optimizer_state", "state"], ["rng", "torch"], ["callbacks", "Plateau"]):
+            a, b = ours, theirs
+            for key in part:
+                a, b = a[key], b[key]
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert {name: entry["state"] for name, entry in stages(folder).items()} == {"train": "done"}
