@@ -1,0 +1,353 @@
+"""Pruning: masks that no wrapper sees, and the whole job with its crashes."""
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from torch import nn
+
+from turbvit_nb import prune as chapter
+from turbvit_nb.compress.criteria import CRITERIA, l1, sample_mean
+from turbvit_nb.compress.masks import HoldMasks, Masks, prunable
+from turbvit_nb.compress.schedules import schedule, select
+from turbvit_nb.lab import runs
+from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
+from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, load_emulator, losses
+from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
+from turbvit_nb.prune import Stages, prune
+from turbvit_nb.train import train
+
+
+class Stub:
+    "As much of a learner as a callback needs."
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+
+
+def halved(model: nn.Module) -> Masks:
+    return select(Masks.dense(prunable(model)), l1(model), schedule([0.5], [1])[0])
+
+
+def advance(model: nn.Module, hold: HoldMasks, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    "Steps with the callbacks where the learner calls them."
+    learner, x = Stub(model, optimizer), torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    hold.before_fit(learner)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        hold.after_backward(learner)
+        optimizer.step()
+        hold.after_step(learner)
+
+
+def zeros(model: nn.Module, masks: Masks) -> bool:
+    "Whether every pruned weight is exactly zero, and not minus zero."
+    return all(bool((p[pruned] == 0).all()) and not bool(p[pruned].signbit().any()) for p, pruned in masks.matched(model))
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, amsgrad=True),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+])
+def test_no_optimizer_revives_a_pruned_weight(make):
+    model = network()
+    masks, optimizer = halved(model), make(model.parameters())
+    advance(model, HoldMasks(Masks.dense(prunable(model)), model), optimizer, 5)  # build up momentum first
+    advance(model, HoldMasks(masks, model), optimizer, 20)
+    assert zeros(model, masks)
+
+
+def test_a_compiled_model_follows_the_masks():
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(4, 2, 8, 8)
+    before = compiled(x)
+    masks = halved(model)
+    masks.apply(model)
+    assert torch.equal(compiled(x), model(x)) and not torch.equal(compiled(x), before)
+    advance(compiled, HoldMasks(masks, model), torch.optim.AdamW(compiled.parameters()), 3)  # its names carry a prefix
+    assert zeros(model, masks)
+
+
+def test_a_distributed_wrapper_follows_the_masks(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = network()
+        wrapped, masks = nn.parallel.DistributedDataParallel(model), halved(model)
+        advance(wrapped, HoldMasks(masks, model), torch.optim.AdamW(wrapped.parameters()), 3)
+        assert zeros(model, masks) and zeros(deepcopy(model), masks)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_tied_weights_are_counted_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert list(prunable(model)) == ["0.weight"]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_leave_the_model_alone(name):
+    model = network().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    advance(model, HoldMasks(Masks.dense(prunable(model)), model), optimizer, 2)
+    before = deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.randn(4, 4), "index": torch.arange(4)}
+    losses = lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(1)
+    scores = CRITERIA[name](model, [batch], losses, optimizer=optimizer, seed=0, chunk=3)
+    assert {k: v.shape for k, v in scores.items()} == {k: v.shape for k, v in prunable(model).items()}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ReViT", "EncoderDecoderViT", "UNet"])
+def test_mapped_gradients_are_those_of_the_samples(kind):
+    torch.manual_seed(0)
+    small = dict(embed_dim=16, depth=1, num_heads=2, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2,
+                 decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, base_channels=8)
+    emulator = create_emulator(ModelConfig(model_type=kind, img_size=16, **small), Normaliser([0.0, 0.0], [1.0, 1.0]))
+    nn.init.normal_(emulator.network.output.weight, std=0.1)
+    batch = {"x": torch.randn(5, 2, 1, 16, 16), "y": torch.randn(5, 2, 2, 16, 16), "cond": torch.rand(5, 5) + 1}
+    mapped, single = (sample_mean(emulator, [batch], losses, torch.square, chunk) for chunk in (5, 1))
+    for name, mean in single.items():
+        assert torch.allclose(mapped[name], mean, rtol=1e-3, atol=1e-6 * float(mean.max())), name
+
+
+# The job. A data set of travelling waves, a small model trained on it, and runs that prune it.
+
+def waves(folder: Path) -> None:
+    "Two packed runs of 60 frames: a few modes that travel at different speeds."
+    side = np.arange(16) * 2 * np.pi / 16
+    x, y = np.meshgrid(side, side, indexing="ij")
+    for ic in (1, 2):
+        rng, regime = np.random.default_rng(ic), Regime(Re=200, fky=4, alpha=0.1, beta=20.0, NX=16, dt=0.01, IC=ic)
+        modes = [(kx, ky, *rng.normal(size=2)) for kx in range(1, 4) for ky in range(-2, 3)]
+        path = folder / regime.path() / PACKED
+        writer = PackedWriter(path, regime, 60)
+        for n in range(1, 61):
+            writer.append(0.1 * n, sum(a * np.cos(kx * x + ky * y - 0.2 * n * kx + b) for kx, ky, a, b in modes))
+        writer.finish()
+
+
+def toml(path: Path, **sections) -> Path:
+    "A config file."
+    path.write_text(tomli_w.dumps(sections))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "Data, a folder of runs, and a dense model in `runs/dense`."
+    home, patch = tmp_path_factory.mktemp("prune"), pytest.MonkeyPatch()
+    patch.setenv("TURBVIT_RUNS", str(home / "runs"))
+    patch.setenv("TURBVIT_DATA", str(home / "data"))
+    waves(home / "data" / "waves")
+    run = open_run(toml(home / "train.toml", output_dir="dense", **sections(), training=finetuning(epochs=3)), "train")
+    train(run)
+    run.finish()
+    yield home
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def no_run_left_open():
+    yield
+    for run in list(runs._open.values()):
+        run.close()
+
+
+def sections() -> dict:
+    data = dict(data_dir="waves")
+    return dict(
+        model=dict(model_type="ViT", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2),
+        train_dataset=data | dict(frame_range=[[1, 41]]), validation_dataset=data | dict(frame_range=[[41, 61]]),
+    )
+
+
+def finetuning(**more) -> dict:
+    return dict(batch_size=16, lr=1e-3, rollout_steps=5, rollout_starts=2, unroll=2) | more
+
+
+def pruning(**more) -> dict:
+    return dict(importance_metric="taylor", prune_schedule=[0.2, 0.25], epoch_schedule=[1, 2], score_batches=2) | more
+
+
+def start(home: Path, name: str, more: dict | None = None, tune: dict | None = None, **extra):
+    "A run that prunes the dense model."
+    config = dict(output_dir=name, checkpoint_file="dense/checkpoints/best.tar") | sections() | extra
+    config |= dict(pruning=pruning(**more or {}), finetuning=finetuning(**tune or {}))
+    return open_run(toml(home / f"{name}.toml", **config), "prune")
+
+
+def equal(a: object, b: object) -> bool:
+    "Bit for bit, through dicts and lists."
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+FINAL = "prune2_remaining_60.0"
+
+
+@pytest.fixture(scope="module")
+def reference(home):
+    "A run that nothing happened to."
+    run = start(home, "reference")
+    rows = prune(run)
+    run.finish()
+    return run.path, rows
+
+
+def test_a_checkpoint_per_stage(reference):
+    path, rows = reference
+    assert sorted(p.stem for p in (path / "checkpoints").iterdir()) == ["prune1_remaining_80.0", FINAL]
+    total = 0
+    for row in rows[1:]:
+        checkpoint = path / "checkpoints" / f"{row['name']}.tar"
+        emulator, masks = load_emulator(checkpoint), Masks(read_checkpoint(checkpoint)["masks"])
+        assert masks.total - masks.remaining() == round((1 - round(row["percent"]) / 100) * masks.total)
+        assert zeros(emulator, masks) and list(masks) == list(prunable(emulator))
+        assert sum(int((p == 0).sum()) for p in prunable(emulator).values()) == masks.total - masks.remaining()
+    moments = read_checkpoint(checkpoint)["optimizer_state"]["state"]
+    assert sum(int((m["exp_avg_sq"] == 0).sum()) for m in moments.values()) >= masks.total - masks.remaining()
+    assert [row["epochs"] for row in rows] == [0, 1, 2] and rows[0]["percent"] == 100
+    assert len([line for line in read_metrics(path, stage="prune") if "prune_stage" in line]) == 2
+
+
+def test_masks_only_grow(reference):
+    path, _ = reference
+    first, second = (Masks(read_checkpoint(p)["masks"]) for p in sorted((path / "checkpoints").iterdir()))
+    assert all(not (second[name] & ~first[name]).any() for name in first)
+
+
+def same_end(run_path: Path, reference_path: Path) -> None:
+    "Both ended with the same bits."
+    ours, theirs = (read_checkpoint(path / "checkpoints" / f"{FINAL}.tar") for path in (run_path, reference_path))
+    assert equal(ours, theirs)
+
+
+def test_a_job_killed_between_two_stages(home, reference, monkeypatch):
+    run = start(home, "between")
+    take = Stages.take
+
+    def dies(self, pruning, step):
+        if step.index == 2:
+            raise MemoryError
+        take(self, pruning, step)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Stages, "take", dies)
+        prune(run)
+    run.close()
+    run = open_run(run.path, "prune")
+    prune(run)
+    same_end(run.path, reference[0])
+
+
+@pytest.mark.parametrize("stage, step, orderly", [(1, 2, False), (2, 5, False), (2, 6, True), (2, 2, True)])
+def test_a_job_killed_in_a_stage(home, reference, monkeypatch, stage, step, orderly):
+    run = start(home, f"within{stage}{step}{orderly}")
+    after_batch, seen = HoldMasks.after_batch, []
+
+    def dies(self, learner):
+        seen.append(learner.step)
+        if seen.count(1) == stage and learner.step == step:
+            if not orderly:
+                raise MemoryError
+            learner.stop = "SIGTERM"
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped if orderly else MemoryError):
+        patch.setattr(HoldMasks, "after_batch", dies)
+        prune(run)
+    assert HoldMasks.after_batch is after_batch and not run.has(FINAL)
+    run.close()
+    run = open_run(run.path, "prune")
+    prune(run)
+    same_end(run.path, reference[0])
+
+
+def test_a_finished_job_can_be_called_again(reference):
+    path, rows = reference
+    run = open_run(path, "prune")
+    before = (path / "checkpoints" / f"{FINAL}.tar").stat().st_mtime_ns
+    assert prune(run) == rows and (path / "checkpoints" / f"{FINAL}.tar").stat().st_mtime_ns == before
+
+
+def test_the_control_keeps_everything(home, reference):
+    control = start(home, "control", dict(prune_schedule=[0.0, 0.0], importance_metric="l1"))
+    rows = prune(control)
+    control.finish()
+    assert [row["name"] for row in rows[1:]] == ["prune1_remaining_100.0", "prune2_remaining_100.0"]
+    assert rows[1]["pruned"] == rows[0]["finetuned"] != rows[1]["finetuned"]
+    run = start(home, "beside", dict(control="control"))
+    assert {epochs: row["name"] for epochs, row in chapter.control_rows(run).items()} == {0: "best", 1: rows[1]["name"], 3: rows[2]["name"]}
+
+
+@pytest.mark.parametrize("metric", CRITERIA)
+def test_every_criterion_and_scope(home, metric):
+    run = start(home, f"by_{metric}", dict(importance_metric=metric, prune_schedule=[0.5], epoch_schedule=[0], scope="layer"))
+    rows = prune(run)
+    assert rows[1]["name"] == "prune1_remaining_50.0" and all(abs(d - 0.5) < 1e-9 for d in rows[1]["density"].values())
+
+
+def test_gradients_know_what_matters(home):
+    "Half of the weights in one shot, no finetuning: what each criterion leaves of the dense model's skill."
+    def loss(metric):
+        run = start(home, f"shot_{metric}", dict(importance_metric=metric, prune_schedule=[0.5], epoch_schedule=[0], score_batches=4))
+        dense, pruned = prune(run)
+        return pruned["pruned"]["validation_loss"] / dense["finetuned"]["validation_loss"]
+
+    ratios = {metric: loss(metric) for metric in CRITERIA}
+    assert max(ratios[m] for m in ("taylor", "fisher", "squisher")) < min(ratios["l1"], ratios["random"]), ratios
+
+
+def test_averaged_weights_are_handed_on_and_pruned(home):
+    run = start(home, "averaged", tune=dict(ema=0.9))
+    prune(run)
+    checkpoint = run.checkpoints / f"{FINAL}.tar"
+    assert zeros(load_emulator(checkpoint), Masks(read_checkpoint(checkpoint)["masks"]))
+
+
+def test_a_teacher_changes_the_outcome_and_resumes(home, reference):
+    run = start(home, "taught", distillation=dict(distill_weight=0.9))
+    prune(run)
+    ours, theirs = (read_checkpoint(path / "checkpoints" / f"{FINAL}.tar")["model_state"] for path in (run.path, reference[0]))
+    assert not equal(ours, theirs)
+
+
+def test_a_pruned_model_is_pruned_further(home, reference):
+    run = start(home, "further", dict(prune_schedule=[0.5], epoch_schedule=[0]), checkpoint_file=str(reference[0] / "checkpoints" / f"{FINAL}.tar"))
+    assert prune(run)[-1]["name"] == "prune1_remaining_30.0"
+
+
+def test_mistakes_take_one_line_before_any_stage(home, tmp_path):
+    state = read_checkpoint(home / "runs" / "dense" / "checkpoints" / "best.tar")
+    bare = tmp_path / "bare.tar"
+    write_checkpoint(bare, {k: v for k, v in state.items() if k != "optimizer_state"})
+    wider = sections() | {"model": sections()["model"] | {"num_frames": 2}}
+    cases = [
+        (dict(more=dict(importance_metric="squisher"), checkpoint_file=str(bare)), "squisher needs the second moment"),
+        (dict(checkpoint_file="nothing.tar"), "checkpoint_file = nothing.tar is not there"),
+        (dict(distillation=dict(teacher_checkpoint="nowhere.tar")), "teacher_checkpoint = nowhere.tar is not there"),
+        (dict(**wider), "the checkpoint was trained with num_frames = 1, and train_dataset has 2"),
+    ]
+    for i, (extra, message) in enumerate(cases):
+        run = start(home, f"mistake{i}", **extra)
+        with pytest.raises(LabError, match=message.replace("(", r"\(")) as caught:
+            prune(run)
+        assert "\n" not in str(caught.value) and not list(run.checkpoints.glob("prune*"))
