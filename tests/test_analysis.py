@@ -1,0 +1,321 @@
+"""The analyses as whole jobs: against brute force, on real Py2D output, resumed, and with the mistakes that users make."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import xarray as xr
+
+from turbvit_nb.compare import compare
+from turbvit_nb.datasets import DatasetConfig, open_dataset
+from turbvit_nb.inference import infer
+from turbvit_nb.lab import runs
+from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.runs import open_run
+from turbvit_nb.long_analysis import Setting, accumulate, bin_ranges, climate_dataset, climate_distances, halves, long_analysis, truth_records
+from turbvit_nb.model import load_emulator, rollout
+from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, find_runs, open_store
+from turbvit_nb.physics.spectral import Grid
+from turbvit_nb.prune import prune
+from turbvit_nb.short_analysis import AnalysisConfig, horizons, short_analysis
+from turbvit_nb.train import train
+
+N = 16
+SECTIONS = """
+device = "cpu"
+[model]
+model_type = "ViT"
+img_size = 16
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+[train_dataset]
+data_dir = "waves"
+trajectories = [1, 2]
+frame_range = [[1, 41]]
+[validation_dataset]
+data_dir = "waves"
+trajectories = [1, 2]
+frame_range = [[41, 61]]
+[test_dataset]
+data_dir = "waves"
+trajectories = [3]
+frame_range = [[1, 61]]
+[training]
+epochs = 1
+batch_size = 16
+rollout_steps = 4
+rollout_starts = 2
+[pruning]
+importance_metric = "l1"
+prune_schedule = [{fraction}]
+epoch_schedule = [1]
+[finetuning]
+batch_size = 16
+rollout_steps = 4
+rollout_starts = 2
+[inference]
+inference_length = 40
+chunk_size = 16
+n_starts = 2
+[analysis]
+max_leadtime = 12
+n_ensembles = 5
+PC_autocorr_nlags = 10
+eof_ncomp = 2
+extreme_block = 0.5
+pdf_bins = 40
+"""
+
+
+def waves(ic: int, frames: int) -> np.ndarray:
+    "Vorticity (frames, N, N) of a few travelling waves over a breathing jet."
+    rng, x = np.random.default_rng(ic), np.arange(N) * 2 * np.pi / N
+    X, Y, t = x[:, None], x[None], 0.1 * np.arange(1, frames + 1)[:, None, None]
+    field = (1 + 0.3 * np.sin(0.9 * t + ic)) * np.cos(2 * Y)
+    for kx, ky in ((1, 0), (1, 1), (2, -1), (3, 2)):
+        field = field + rng.normal() * np.cos(kx * X + ky * Y - rng.normal() * t + 6 * rng.random())
+    return field
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    "A data root with three packed trajectories."
+    root = tmp_path_factory.mktemp("data")
+    for ic in (1, 2, 3):
+        regime = Regime(200, 0, 4, 0.1, 20.0, NX=N, dt=0.01, IC=ic)
+        writer = PackedWriter(root / "waves" / regime.path() / PACKED, regime, 60)
+        for n, omega in enumerate(waves(ic, 60), 1):
+            writer.append(0.1 * n, omega)
+        writer.finish()
+    return root
+
+
+@pytest.fixture
+def home(data, tmp_path, monkeypatch) -> Path:
+    "Folders of runs and data of the test's own; no run is left open."
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TURBVIT_DATA", str(data))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for run in list(runs._open.values()):
+        run.close()
+
+
+def config(home: Path, name: str, fraction: float = 0.5) -> Path:
+    "A config file for the run called `name`."
+    path = home / f"{name}.toml"
+    path.write_text(f'output_dir = "{name}"' + SECTIONS.format(fraction=fraction))
+    return path
+
+
+def go(path: Path, stage: str, job, *overrides: str):
+    "Open the run for a stage, do the job, finish."
+    run = open_run(path, stage, overrides)
+    result = job(run)
+    run.finish()
+    return result
+
+
+@pytest.fixture(scope="session")
+def made(data, tmp_path_factory) -> Path:
+    "A folder of runs: a pruned one and its control, analysed."
+    home = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TURBVIT_RUNS", str(home / "runs"))
+        patch.setenv("TURBVIT_DATA", str(data))
+        for name, fraction in (("pruned", 0.5), ("control", 0.0)):
+            path = config(home, name, fraction)
+            for stage, job in (("train", train), ("prune", prune), ("inference", infer), ("short_analysis", short_analysis), ("long_analysis", long_analysis)):
+                go(path, stage, job)
+    return home / "runs"
+
+
+@pytest.fixture
+def study(made, home) -> dict[str, Path]:
+    "A copy of the study for one test."
+    shutil.copytree(made, home / "runs")
+    return {name: home / "runs" / name for name in ("pruned", "control")}
+
+
+def test_a_study_from_training_to_verdict(study, home):
+    folder = study["pruned"]
+    names = {path.stem for path in (folder / "short_analyses").iterdir()}
+    assert names == {"best", "prune1_remaining_50.0"}
+    assert {path.stem for path in (folder / "long_analyses").iterdir()} == names | {"truth"}
+
+    scores = xr.load_dataset(folder / "short_analyses" / "best.nc", engine="h5netcdf")
+    assert scores.acc.dims == ("forecast", "start", "lead", "field") and scores.sizes["start"] == 5
+    assert scores.rmse.attrs["units"] and scores.lead_time.attrs["units"] and "[analysis]" in scores.attrs["config"]
+    check_by_brute_force(folder, scores)
+
+    (home / "compare.toml").write_text('output_dir = "study"\n[compare]\nruns = ["pruned", "control"]\nleads = [5, 10]\n')
+    entries, missing, said = go(home / "compare.toml", "compare", compare)
+    assert [entry.role for entry in entries] == ["dense", "pruned", "dense", "control"] and not missing
+    assert any("against its control" in line or "its control's" in line for line in said)
+    told = json.loads((home / "runs" / "study" / "comparison.json").read_text())
+    assert [row["remaining"] for row in told["rows"]][1] == pytest.approx(0.5, abs=0.01) and told["verdict"] == said
+    table = xr.load_dataset(home / "runs" / "study" / "comparison.nc", engine="h5netcdf")
+    assert table.sizes["entry"] == 4 and table["ACC u at 5"].notnull().all()
+
+
+def check_by_brute_force(folder: Path, scores: xr.Dataset) -> None:
+    "The file's RMSE, ACC and spectra of one start, recomputed with plain numpy from the stores."
+    omega = {ic: open_store(path).read(np.arange(1, 61)).astype(np.float64) for ic, path in zip((1, 2, 3), find_runs(os.environ["TURBVIT_DATA"] + "/waves"))}
+    k = np.fft.fftfreq(N, 1 / N)
+    KX, KY = np.meshgrid(k, k, indexing="ij")
+    K2 = KX**2 + KY**2
+    inverse = np.divide(1, K2, where=K2 > 0, out=np.zeros_like(K2))
+    inner = (np.abs(KX) < N / 2) & (np.abs(KY) < N / 2)
+
+    def velocity(w):
+        psi = np.fft.fft2(w) * inverse * inner
+        return np.stack([np.fft.ifft2(1j * KY * psi).real, np.fft.ifft2(-1j * KX * psi).real])
+
+    climate = np.mean([velocity(w) for ic in (1, 2) for w in omega[ic][:40]], axis=0)
+    emulator = load_emulator(folder / "checkpoints" / "best.tar")
+    start, frame = 1, int(scores.start_frame[1])
+    x0 = torch.from_numpy(velocity(omega[3][frame - 1])).float()[None, :, None]
+    cond = torch.tensor([[200.0, 0.0, 4.0, 0.1, 20.0]])
+    states = [state[0].double().numpy() for state in rollout(emulator, x0, 12, cond=cond)]
+    for lead in (1, 7, 12):
+        truth = velocity(omega[3][frame - 1 + lead])
+        for i, field in enumerate("uv"):
+            mine, theirs = states[lead - 1][i] - climate[i], truth[i] - climate[i]
+            at = dict(forecast="emulator", lead=lead, field=field)
+            assert scores.acc.sel(at).values[start] == pytest.approx((mine * theirs).sum() / np.sqrt((mine**2).sum() * (theirs**2).sum()), abs=1e-4)
+            assert scores.rmse.sel(at).values[start] == pytest.approx(np.sqrt(((mine - theirs) ** 2).mean()), rel=1e-4)
+            at["forecast"] = "persistence"
+            assert scores.rmse.sel(at).values[start] == pytest.approx(np.sqrt(((velocity(omega[3][frame - 1])[i] - truth[i]) ** 2).mean()), rel=1e-4)
+        power = 0.5 * sum(np.abs(np.fft.fft2(f) / N**2) ** 2 for f in truth)
+        shells = np.bincount(np.rint(np.sqrt(K2)).astype(int).ravel(), power.ravel())
+        np.testing.assert_allclose(scores.truth_spectrum.sel(lead=lead).values[start], shells, atol=1e-6 * shells.max())
+
+
+def test_whole_results_are_not_made_again_and_changed_settings_are(study):
+    folder = study["pruned"]
+    files = sorted(folder.glob("*_analyses/*.nc"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert len(before) == 5
+    go(folder, "short_analysis", short_analysis), go(folder, "long_analysis", long_analysis)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    again = go(folder, "short_analysis", short_analysis, "analysis.max_leadtime=6")
+    assert again["best"].sizes["lead"] == 6
+    assert go(folder, "long_analysis", long_analysis, "analysis.eof_ncomp=1")["truth"].sizes["mode"] == 1
+    assert not list(folder.rglob("*.part*"))
+
+
+def test_every_switch_of_the_analysis_switches(study):
+    folder = study["pruned"]
+    kept = {"temporal_mean": "mean", "zonal_mean": "zonal_mean", "zonal_eof_pc": "eof", "div": "divergence", "PDF_U": "pdf_u"}
+    kept |= {"PDF_Omega": "pdf_omega", "spectra": "energy_spectrum", "return_period": "return_level", "return_period_anomaly": "anomaly_return_level"}
+    for switch, variable in kept.items():
+        overrides = [f"analysis.{name}={str(name != switch).lower()}" for name in kept]
+        climate = go(folder, "long_analysis", long_analysis, *overrides)["best"]
+        assert variable not in climate and all(other in climate for other in kept.values() if other != variable), switch
+    short = go(folder, "long_analysis", long_analysis, "analysis.analysis_length=25", "analysis.return_period_anomaly=true")
+    assert short["best"].sizes["frame"] == short["truth"].sizes["frame"] == 25
+    moved = folder.parent / "elsewhere"
+    (folder / "inference").rename(moved)
+    assert "best" in go(folder, "long_analysis", long_analysis, f'analysis.inference_dir="{moved}"')
+
+
+MISTAKES = {
+    "analysis.PC_autocorr_nlags=60": "PC_autocorr_nlags = 60 needs more frames than that; a record of truth has 60",
+    "analysis.extreme_block=5.0": "extreme_block = 5 time units needs at least two blocks",
+    "analysis.eof_ncomp=17": "profiles of 16 points have 1 to 16 EOFs",
+    'analysis.inference_dir="/nowhere"': "no rollout in /nowhere; run the inference first, or set analysis.inference_dir",
+}
+SOUND = ["analysis.PC_autocorr_nlags=10", "analysis.extreme_block=0.5", "analysis.eof_ncomp=2"]
+
+
+def test_mistakes_cost_one_line(study, home):
+    folder = study["pruned"]
+    for override, message in MISTAKES.items():
+        with pytest.raises(LabError) as error:
+            go(folder, "long_analysis", long_analysis, *SOUND, override)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(LabError, match=r"max_leadtime = 60 needs 61 frames in a row; the longest range of \[test_dataset\] has 60"):
+        go(folder, "short_analysis", short_analysis, "analysis.max_leadtime=60")
+    with pytest.raises(LabError, match="no checkpoint bets in .*; it holds best"):
+        go(folder, "short_analysis", short_analysis, 'analysis.checkpoints=["bets"]')
+    with pytest.raises(LabError, match="there is no run prunde"):
+        (home / "c.toml").write_text('output_dir = "c"\n[compare]\nruns = ["prunde"]\n')
+        go(home / "c.toml", "compare", compare)
+
+
+def test_a_climatology_that_knows_the_test_frames_is_refused(study):
+    overlap = ["climo_dataset.data_dir=\"waves\"", "climo_dataset.frame_range=[[30, 61]]"]
+    for stage, job in (("short_analysis", short_analysis), ("long_analysis", long_analysis)):
+        with pytest.raises(LabError, match="climo_dataset and test_dataset share 31 frames"):
+            go(study["pruned"], stage, job, *overlap)
+
+
+def test_a_rollout_with_a_nan_keeps_what_came_before(study):
+    folder = study["pruned"]
+    chunk = sorted((folder / "inference" / "best").glob("*/17.npy"))[0]
+    states = np.load(chunk)
+    states[5, 1, 2, 2] = np.nan
+    np.save(chunk, states)
+    climates = go(folder, "long_analysis", long_analysis, "analysis.pdf_bins=41")
+    assert np.isfinite(climates["best"].energy.values[0]).sum() == 21
+    assert np.isfinite(climates["best"]["mean"].values).all()
+    assert json.loads(climates["best"].attrs["ended_early"]) == [f"step 22 of {chunk.parent} is not finite"]
+
+
+def test_a_rollout_of_another_grid_is_named(study):
+    folder = study["pruned"]
+    for chunk in (folder / "inference" / "best").glob("*/*.npy"):
+        np.save(chunk, np.zeros((len(np.load(chunk)), 2, 8, 8), np.float32))
+    with pytest.raises(LabError, match=r"best/.* of best is on a grid of 8², the truth on 16²"):
+        go(folder, "long_analysis", long_analysis, "analysis.pdf_bins=41")
+
+
+def test_the_long_analysis_agrees_with_numpy_at_once(data):
+    dataset = open_dataset(DatasetConfig(data_dir=str(data / "waves"), trajectories=[1, 2], frame_range=[[1, 61]], mode="read"), ("omega",))
+    records = truth_records(dataset)
+    setting = Setting(AnalysisConfig(eof_ncomp=3, PC_autocorr_nlags=8, pdf_bins=30, return_period_anomaly=False), 0.1, None, bin_ranges(records))
+    climate = climate_dataset(accumulate(records, setting), records)
+    omega = torch.cat([torch.from_numpy(store.read(np.arange(1, 61))) for store in dataset.stores]).double()
+    uv = Grid.of(omega).velocity(omega).numpy()
+    np.testing.assert_allclose(climate["mean"].sel(field="u"), uv[:, 0].mean(0), atol=1e-10)
+    np.testing.assert_allclose(climate.variance.sel(field="omega"), omega.numpy().var(0), atol=1e-9)
+    profiles = uv[:, 0].mean(1)
+    anomalies = profiles - profiles.mean(0)
+    _, singular, rows = np.linalg.svd(anomalies, full_matrices=False)
+    np.testing.assert_allclose(climate.explained, (singular**2 / (singular**2).sum())[:3], atol=1e-8)
+    assert abs(climate.eof.values[0] @ rows[0]) == pytest.approx(1, abs=1e-8)
+    pc = climate.pc.values.reshape(120, 3)
+    np.testing.assert_allclose(np.abs(pc[:, 0]), np.abs(anomalies @ rows[0]), atol=1e-5)
+    counts, _ = np.histogram(uv[:, 0], 30, (-setting.ranges["u"], setting.ranges["u"]))
+    np.testing.assert_array_equal(climate.counts_u.values[1:-1], counts)
+    assert float(climate.kurtosis_omega) == pytest.approx(scipy.stats.kurtosis(omega.numpy().ravel(), fisher=False), rel=1e-8)
+    assert float(climate.energy_spectrum.sum()) == pytest.approx(0.5 * (uv**2).sum(1).mean(), rel=1e-10)
+    assert float(climate.return_level.sel(extreme="largest u").max()) == pytest.approx(uv[:, 0].max(), abs=1e-10)
+
+
+def test_real_py2d_truth_against_truth(py2d_data):
+    root = py2d_data / "results"
+    store = open_store(find_runs(root)[0])
+    first, last = int(store.frames[0]), int(store.frames[-1])
+    cfg = DatasetConfig(data_dir=str(root), frame_range=[[last - 399, last + 1]], mode="read")
+    records = truth_records(open_dataset(cfg, ("omega",)))
+    setting = Setting(AnalysisConfig(return_period_anomaly=False), records[0].step, None, bin_ranges(records))
+    one, other = (climate_dataset(accumulate(half, setting), half) for half in halves(records))
+    distances = climate_distances(one, other)
+    assert all(np.isfinite(value) for value in distances.values())
+    assert distances["spectrum (decades)"] < 0.2 and distances["energy (relative)"] < 0.5
+    assert float(one.divergence_max) < 1e-10
+    assert float(other["mean"].sel(field="omega").mean()) == pytest.approx(0, abs=1e-5)
+    assert setting.step == pytest.approx(float(np.diff(store.times)[0]), rel=1e-6)
+
+
+def test_a_perfect_emulator_has_no_horizon():
+    scores = xr.Dataset({"acc": (("forecast", "start", "lead", "field"), np.ones((3, 2, 5, 3)))})
+    scores = scores.assign_coords(forecast=["emulator", "persistence", "climatology"], field=["u", "v", "omega"], lead=np.arange(1, 6)).assign_attrs(threshold=0.6)
+    assert horizons(scores) == (np.inf, np.inf, np.inf)

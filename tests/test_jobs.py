@@ -1,0 +1,334 @@
+"""Whole jobs through the command line: what is refused and how, what is left after a kill, and that a resumed run ends with the same bits."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from turbvit_nb.cli import app
+from turbvit_nb.lab.config import load_config
+from turbvit_nb.lab.runs import Lock, read_checkpoint, read_metrics, stages
+
+CONFIG = """
+output_dir = "{name}"
+seed = 3
+
+[generate]
+data_dir = "flow"
+Re = 200
+fkx = 0
+fky = 4
+alpha = 0.1
+beta = 20.0
+NX = 16
+dt = 0.01
+n_trajectories = 2
+n_frames = 40
+t_save = 0.1
+spin_up = 1.0
+
+[model]
+model_type = "ViT"
+img_size = 16
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+
+[train_dataset]
+data_dir = "flow"
+frame_range = [[1, 26]]
+
+[validation_dataset]
+data_dir = "flow"
+frame_range = [[26, 41]]
+
+[training]
+epochs = {epochs}
+batch_size = 4
+lr = 1e-3
+warmup_epochs = 0.5
+rollout_steps = 5
+rollout_starts = 2
+
+[inference]
+inference_length = 12
+chunk_size = 5
+n_starts = 2
+"""
+RUN = {
+    "02_train": "from turbvit_nb.train import train\nrun = open_run(config, 'train', overrides)\ntrain(run)\nrun.finish()",
+    "04_inference": "from turbvit_nb.inference import infer\nrun = open_run(config, 'inference', overrides)\ninfer(run)\nrun.finish()",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    "A folder for the data and the runs of these tests, and chapters reduced to what they do."
+    folder = tmp_path_factory.mktemp("jobs")
+    for name, work in RUN.items():
+        cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
+                 nbformat.v4.new_code_cell("print('a lesson')\nfrom turbvit_nb.lab.runs import open_run"),
+                 nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell("print('the run')\n" + work)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+    os.environ |= {"TURBVIT_RUNS": str(folder / "runs"), "TURBVIT_DATA": str(folder), "OMP_NUM_THREADS": "1"}
+    result = turbvit("generate", config(folder, "data"))
+    assert result.exit_code == 0, result.output
+    yield folder
+    del os.environ["TURBVIT_RUNS"], os.environ["TURBVIT_DATA"]
+
+
+def config(place: Path, name: str, epochs: int = 2) -> Path:
+    "A config for the run `name`."
+    path = place / f"{name}.toml"
+    path.write_text(CONFIG.format(name=name, epochs=epochs))
+    return path
+
+
+def turbvit(*words):
+    "The command line, in this process."
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def start(*words, **options) -> subprocess.Popen:
+    "The command line, in a process of its own."
+    return subprocess.Popen([Path(sys.executable).parent / "turbvit", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def one_line(result, *wanted: str) -> str:
+    "The single line of an error; it holds the `wanted` words."
+    lines = result.output.strip().splitlines()
+    assert result.exit_code == 1 and len(lines) == 1, result.output
+    assert lines[0].startswith("error: ") and all(word in lines[0] for word in wanted), lines[0]
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- without a job
+def test_bare_command_explains_itself():
+    result = turbvit()
+    assert result.exit_code == 0
+    for word in ("generate", "pack", "run 02_train", "--set", "resume", "status", "gif", "demo"):
+        assert word in result.output
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    code = "import sys, turbvit_nb.cli; print([m for m in ('torch', 'papermill', 'numpy', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------- mistakes, refused before any kernel
+MISTAKES = {
+    "unknown key": (["training.epoch=3"], ["training.epoch is not a key; did you mean training.epochs?"]),
+    "unknown section": (["trainig.epochs=3"], ["[trainig] is not a section; did you mean [training]?"]),
+    "unknown top-level key": (["outputdir=x"], ["outputdir is not a top-level key; did you mean output_dir?"]),
+    "wrong type": (['training.epochs="many"'], ['training.epochs = "many"', "integer"]),
+    "no such value": (['model.model_type="VIT"'], ["model.model_type", "ViT"]),
+    "patches do not fit": (["model.patch_size=5"], ["img_size = 16 is not divisible by patch_size = 5"]),
+    "heads do not fit": (["model.num_heads=3"], ["embed_dim = 16 is not divisible by num_heads = 3"]),
+    "not an assignment": (["training.epochs"], ["does not read section.key=value"]),
+    "overlapping ranges": (["validation_dataset.frame_range=[[20, 41]]"], ["train_dataset", "validation_dataset", "share"]),
+    "range outside the data": (["validation_dataset.frame_range=[[26, 90]]"], ["validation_dataset", "[26, 90]", "1 to 40"]),
+    "empty range": (["train_dataset.frame_range=[[9, 9]]"], ["train_dataset", "frame_range"]),
+    "no data": (["train_dataset.data_dir=nowhere"], ["nowhere"]),
+    "size of the model": (["model.img_size=32"], ["img_size = 32", "16²"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_in_the_config_is_one_line(place, case):
+    overrides, wanted = MISTAKES[case]
+    result = turbvit("run", place / "02_train.ipynb", config(place, "mistake"), *(word for text in overrides for word in ("--set", text)))
+    one_line(result, *wanted)
+    assert not (place / "runs" / "mistake").exists()
+
+
+def test_mistake_on_the_command_line_is_one_line(place, tmp_path):
+    chapter, toml = place / "02_train.ipynb", config(place, "mistake")
+    one_line(turbvit("run", "02_trian", toml), "no chapter 02_trian; did you mean 02_train?")
+    one_line(turbvit("run", chapter, toml, "-p", "overides=1"), "02_train has no parameter overides; did you mean overrides?")
+    one_line(turbvit("run", chapter, place / "mistaken.toml"), "no config", "mistake.toml")
+    one_line(turbvit("resume", "runs/nothing"), "no config or run folder runs/nothing")
+    (tmp_path / "bad.toml").write_text("[training\nepochs = 3")
+    one_line(turbvit("run", chapter, tmp_path / "bad.toml"), "bad.toml is not valid TOML", "line 1")
+    (tmp_path / "homeless.toml").write_text("seed = 1")
+    one_line(turbvit("run", chapter, tmp_path / "homeless.toml"), "names no output_dir")
+    one_line(turbvit("generate", tmp_path / "homeless.toml"), "has no [generate] section")
+    one_line(turbvit("gif", place), "holds no rollouts")
+
+
+# ----------------------------------------------------------------------------------------------------------------- mistakes in the data
+def own_data(place: Path, folder: Path) -> Path:
+    "A Py2D tree with the frames of the first trajectory."
+    from turbvit_nb.physics.py2d import TreeWriter, find_runs, open_store
+
+    store = open_store(find_runs(place / "flow")[0])
+    writer = TreeWriter(folder, store.regime)
+    for n in range(1, 41):
+        writer.append(0.1 * n, store.read([n], np.float64)[0])
+    return Path(writer.finish())
+
+
+def on_own_data(place: Path, tree: Path, name: str = "own"):
+    "Train on a tree."
+    toml = place / f"{name}.toml"
+    head, rest = CONFIG.format(name=name, epochs=2).split("[generate]")
+    toml.write_text(head + rest[rest.index("[model]"):].replace('"flow"', f'"{tree}"'))
+    return turbvit("run", place / "02_train.ipynb", toml)
+
+
+def test_mistake_in_a_tree_is_named_with_its_path(place, tmp_path):
+    tree = own_data(place, tmp_path)
+    frame = tree / "data" / "7.mat"
+    whole = frame.read_bytes()
+    frame.unlink()
+    one_line(on_own_data(place, tree), "7.mat", "missing")
+    frame.write_bytes(whole[:500])
+    result = on_own_data(place, tree)
+    assert result.exit_code == 1 and "7.mat" in result.output.splitlines()[-1] and "Traceback" not in result.output
+    assert (place / "runs/own/02_train.failed.ipynb").exists() and not (place / "runs/own/02_train.ipynb").exists()
+    frame.write_bytes(whole)
+    odd = tree.rename(tree.with_name("run_one"))
+    one_line(on_own_data(place, odd, "odd"), "run_one", "name does not say which flow")
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes in checkpoints
+class Harmful:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/turbvit-was-here",))
+
+
+def test_checkpoint_that_is_no_checkpoint_is_one_line(place, tmp_path):
+    torch.save({"model_state": {}, "extra": Harmful()}, tmp_path / "harmful.tar")
+    (tmp_path / "short.tar").write_bytes(b"PK\x03\x04")
+    torch.save({"model_state": {}}, tmp_path / "empty.tar")
+    for name, wanted in (("harmful", "tensors and plain values"), ("short", "short.tar"), ("empty", "empty.tar")):
+        line = one_line(turbvit("run", place / "02_train.ipynb", config(place, "mistake"), "--set", f"checkpoint_file={tmp_path / name}.tar"), wanted)
+        assert f"{name}.tar" in line
+    assert not Path("/tmp/turbvit-was-here").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- whole jobs
+def wait_for(condition, seconds: float = 60) -> None:
+    "Look every tenth of a second."
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def epochs(run: Path) -> int:
+    "Epochs logged so far."
+    return len([row for row in read_metrics(run, stage="train") if "validation_loss" in row]) if run.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def straight(place) -> Path:
+    "A run trained without interruption."
+    result = turbvit("run", place / "02_train.ipynb", config(place, "straight", epochs=12))
+    assert result.exit_code == 0, result.output
+    assert "the run" in result.output and "a lesson" not in result.output
+    return place / "runs" / "straight"
+
+
+def test_finished_job_leaves_report_and_sentinel(straight):
+    assert stages(straight)["train"]["state"] == "done"
+    assert (straight / "02_train.ipynb").exists() and not list(straight.glob(".*.ipynb"))
+    page = (straight / "02_train.html").read_text()
+    assert "the run" in page and "<script" not in page and "http" not in page
+
+
+def test_existing_run_is_not_overwritten(place, straight):
+    before = (straight / "status.json").read_bytes()
+    one_line(turbvit("run", place / "02_train.ipynb", place / "straight.toml"), "already holds stage train (done)", "resume")
+    assert (straight / "status.json").read_bytes() == before
+
+
+def test_run_of_another_process_is_left_alone(place, straight):
+    lock = Lock(straight)
+    line = one_line(turbvit("run", place / "04_inference.ipynb", straight), "is being written by process")
+    assert str(os.getpid()) in line
+    lock.release()
+
+
+def test_killed_and_stopped_job_resumes_to_the_same_bits(place, straight):
+    chapter, run = place / "02_train.ipynb", place / "runs" / "broken"
+    job = start("run", chapter, config(place, "broken", epochs=12))
+    wait_for(lambda: epochs(run) >= 2)
+    os.kill(stages(run)["train"]["process"], signal.SIGKILL)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 138 and "the kernel was killed" in err and "turbvit resume" in out
+    assert stages(run)["train"]["state"] == "killed" and not (run / "02_train.ipynb").exists()
+
+    before = epochs(run)
+    job = start("run", chapter, run)
+    wait_for(lambda: epochs(run) > before)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 130 and "was stopped" in err and "turbvit resume" in out and "Traceback" not in out + err
+    assert stages(run)["train"]["state"] == "stopped" and not (run / "02_train.ipynb").exists()
+
+    result = turbvit("run", chapter, run)
+    assert result.exit_code == 0, result.output
+    ours, theirs = (read_checkpoint(folder / "checkpoints/last.tar")["model_state"] for folder in (run, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert epochs(run) == epochs(straight) == 12
+
+
+def test_sigterm_ends_a_job_with_143(place):
+    cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell("import time\nprint('asleep', flush=True)\ntime.sleep(60)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), place / "09_sleep.ipynb")
+    job = start("run", place / "09_sleep.ipynb", config(place, "asleep"))
+    while "asleep" not in job.stdout.readline().split():
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 143 and "terminated" in err
+
+
+def test_full_disk_is_one_line_and_loses_nothing(place, straight):
+    best = (straight / "checkpoints/best.tar").read_bytes()
+    toml = config(place, "full", epochs=2)
+    command = f"ulimit -f 40; exec {Path(sys.executable).parent / 'turbvit'} run {place / '02_train.ipynb'} {toml} --set model.embed_dim=64"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and "no room to write" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    run = place / "runs" / "full"
+    assert stages(run)["train"]["state"] == "failed" and not list(run.rglob("*.part*"))
+    assert (straight / "checkpoints/best.tar").read_bytes() == best
+
+
+def test_rollouts_resume_to_the_same_bits(place, straight):
+    from turbvit_nb.inference import open_rollouts
+
+    result = turbvit("run", place / "04_inference.ipynb", straight)
+    assert result.exit_code == 0, result.output
+    whole = [r.read() for r in open_rollouts(straight)["best"]]
+    assert len(whole) == 2 and whole[0].shape == (12, 2, 16, 16)
+    restart = straight / "inference/best/restart.npz"
+    kept = dict(np.load(restart))
+    # as if killed after the first chunk
+    from turbvit_nb.inference import InferenceConfig, infer
+    from turbvit_nb.lab.runs import open_run
+
+    for chunk in (straight / "inference/best").glob("*/6.npy"):
+        chunk.unlink()
+    first = {"x": np.stack([r.read([5]).swapaxes(0, 1) for r in open_rollouts(straight)["best"]]), "step": 5}
+    np.savez(restart, **(kept | first))
+    run = open_run(straight, "inference")
+    again = infer(run)["best"]
+    run.finish()
+    assert all(np.array_equal(a.read(), b) for a, b in zip(again, whole))
+
+
+def test_status_and_gif(place, straight):
+    result = turbvit("status")
+    assert result.exit_code == 0 and "straight" in result.output and "done" in result.output
+    result = turbvit("gif", straight, "-o", place / "moving.gif")
+    assert result.exit_code == 0 and (place / "moving.gif").stat().st_size < 3_000_000, result.output

@@ -1,0 +1,216 @@
+"""The model as others use it: compiled, in parallel, in half precision, from old checkpoints, beside other counters."""
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from turbvit_nb.lab.config import LabError
+from turbvit_nb.layers.attention import attending, plain_attention
+from turbvit_nb.layers.convolution import CircularConv
+from turbvit_nb.layers.embed import TubeletConv
+from turbvit_nb.model import (
+    NETWORKS, ModelConfig, Normaliser, card, create_emulator, create_model, emulator_from_state, emulator_state, load_emulator, load_legacy, losses, rollout,
+)
+from turbvit_nb.physics.py2d import Regime, TreeWriter
+from turbvit_nb.physics.spectral import Grid
+
+SMALL = dict(img_size=32, embed_dim=32, depth=2, num_heads=2, base_channels=8) | {
+    f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in dict(embed_dim=32, depth=1, num_heads=2).items()
+}
+COND = torch.tensor([1000.0, 0, 4, 0.1, 20])
+
+
+def flows(*shape, N=32):
+    "Random smooth velocities (…, 2, N, N)."
+    grid = Grid.of(torch.empty(N, N))
+    return grid.velocity(grid.inverse(grid.transform(torch.randn(*shape, N, N)) * torch.exp(-grid.k2 / 8)) * N)
+
+
+def a_batch(B=4, T=1, K=2):
+    return {"x": flows(B, T).transpose(1, 2), "y": flows(B, K).transpose(1, 2), "cond": COND.expand(B, 5)}
+
+
+@pytest.fixture(params=NETWORKS)
+def emulator(request):
+    torch.manual_seed(0)
+    em = create_emulator(ModelConfig(model_type=request.param, **SMALL), Normaliser([0.1, 0.0], [1.0, 2.0], [0.3, 0.2]), step=0.1)
+    nn.init.normal_(em.network.output.weight, std=0.05)
+    return em
+
+
+def test_every_parameter_gets_a_gradient(emulator):
+    losses(emulator, a_batch()).mean().backward()
+    assert [name for name, p in emulator.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_few_steps_of_training_in_half_precision(emulator):
+    batch, optimizer, values = a_batch(), torch.optim.AdamW(emulator.parameters(), 3e-3), []
+    for _ in range(15):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = losses(emulator, batch).mean()
+        assert loss.dtype == torch.float32
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_gradient_against_finite_differences(emulator):
+    emulator, batch = emulator.double(), {key: value.double() for key, value in a_batch(2).items()}
+    losses(emulator, batch).mean().backward()
+    torch.manual_seed(1)
+    for p in [p for name, p in emulator.named_parameters() if name.endswith("weight")][::5]:
+        direction, e = torch.randn_like(p), 1e-6
+        with torch.no_grad():
+            sides = [losses(emulator, batch).mean() for shift in (e, -2 * e) if p.add_(direction, alpha=shift) is p]
+            p.add_(direction, alpha=e)
+        assert torch.isclose((sides[0] - sides[1]) / (2 * e), (p.grad * direction).sum(), rtol=1e-4, atol=1e-8)
+
+
+def test_per_sample_gradients_sum_to_the_batch_gradient(emulator):
+    batch, weights = a_batch(3), {name: p.detach() for name, p in emulator.named_parameters()}
+
+    def one(weights, sample):
+        model = lambda *args: torch.func.functional_call(emulator, weights, args)
+        return losses(model, {key: value[None] for key, value in sample.items()})[0]
+
+    with attending(emulator, plain_attention):
+        each = torch.func.vmap(torch.func.grad(one), (None, 0))(weights, batch)
+    losses(emulator, batch).sum().backward()
+    for name, p in emulator.named_parameters():
+        assert torch.allclose(each[name].sum(0), p.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_compiles_in_one_piece(emulator):
+    batch = a_batch()
+    expected = losses(emulator, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(emulator, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(losses(compiled, batch), expected, rtol=1e-4)
+    torch.compiler.reset()
+
+
+def test_data_parallel(emulator, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel, batch = DistributedDataParallel(emulator), a_batch()
+        assert torch.equal(losses(parallel, batch), losses(emulator, batch))
+        losses(parallel, batch).mean().backward()
+        state = {f"module.{key}": value for key, value in emulator.network.state_dict().items()}
+        again = emulator_from_state(emulator_state(emulator) | {"model_state": state})
+        assert torch.equal(losses(again.train(emulator.training), batch), losses(emulator, batch))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_copies_and_checkpoints_are_the_same_emulator(emulator, tmp_path):
+    x = flows(2, 1).transpose(1, 2)
+    torch.save(emulator_state(emulator), tmp_path / "best.tar")
+    expected = torch.stack(list(rollout(emulator, x, 3, cond=COND.expand(2, 5))))
+    for other in (copy.deepcopy(emulator), load_emulator(tmp_path / "best.tar")):
+        assert torch.equal(torch.stack(list(rollout(other, x, 3, cond=COND.expand(2, 5)))), expected)
+
+
+def test_a_long_rollout_stays_without_divergence(emulator):
+    *_, last = rollout(emulator, flows(1, 1).transpose(1, 2), 100, cond=COND[None])
+    assert Grid.of(last).divergence(last).abs().max() < 1e-4 * max(1, last.abs().max().item())
+
+
+def test_the_same_seed_builds_the_same_network():
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(create_model(**SMALL).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_card_against_torch_pruning():
+    from torch_pruning.utils import count_ops_and_params
+
+    for kind in ("ViT", "UNet"):
+        emulator = create_emulator(ModelConfig(model_type=kind, **SMALL), Normaliser([0.0, 0.0], [1.0, 1.0]))
+        ours = card(emulator)
+        products = (ours["flops"] - ours["attention_flops"]) // 2  # torch-pruning counts no attention, but biases and norms
+        for module in emulator.network.modules():  # and no subclass of the layers it knows
+            if isinstance(module, CircularConv):
+                module.__class__ = nn.Conv2d
+            if isinstance(module, TubeletConv):
+                products -= 64 * module.weight.numel()
+        macs, parameters = count_ops_and_params(emulator.network, torch.zeros(1, 2, 1, 32, 32))
+        assert parameters == ours["parameters"]
+        assert products < macs < 1.05 * products
+
+
+def test_card_of_the_paper_size():
+    "The ViT of the study: parameters and operations by hand."
+    costs = card(create_emulator(ModelConfig(img_size=64), Normaliser([0.0, 0.0], [1.0, 1.0])))
+    L, D, depth = 256, 128, 4
+    assert costs["attention_flops"] == depth * 4 * L**2 * D
+    assert costs["flops"] == depth * (24 * L * D**2 + 4 * L**2 * D) + 2 * L * (32 * D) + 2 * L * 9 * D * 32
+    assert costs["prunable"] == depth * 12 * D**2 + 32 * D + 9 * D * 32
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    "A run folder of the earlier project, and a tree of data with its statistics."
+    regime = Regime(1000, fkx=0, fky=4, alpha=0.1, beta=20, NX=16, dt=2e-4, IC=1)
+    run = tmp_path / "results" / regime.path()
+    writer = TreeWriter(tmp_path / "results", regime)
+    for n in range(1, 7):
+        writer.append(0.06 * n, np.random.default_rng(n).standard_normal((16, 16)))
+    (run / "stats").mkdir()
+    np.save(run / "stats" / "mean_full_field.npy", np.array([0.25, -0.5]))
+    np.save(run / "stats" / "std_full_field.npy", np.array([1.5, 2.0]))
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "old" / "config.toml").write_text(f"""
+[model]
+model_type = "ViT"
+img_size = 16
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+[train_dataset]
+data_dir = "{run / 'data'}"
+frame_range = [[1, 7]]
+target_step = 2
+""")
+    torch.manual_seed(0)
+    network = create_model(img_size=16, embed_dim=16, depth=1, num_heads=2, target="absolute", legacy_token_layout=True)
+    path = tmp_path / "old" / "checkpoints" / "best.tar"
+    torch.save({"epoch": 3, "model_state": network.state_dict(), "optimizer_state": {}}, path)
+    return path, network, run
+
+
+def test_a_legacy_checkpoint_in_its_run_folder(old_run):
+    path, network, run = old_run
+    emulator, x = load_emulator(path), torch.randn(2, 2, 1, 16, 16)
+    mean, std = (torch.tensor(v)[:, None, None, None] for v in ([0.25, -0.5], [1.5, 2.0]))
+    assert torch.allclose(emulator(x), network((x - mean) / std) * std + mean, atol=1e-5)
+    assert abs(emulator.step - 0.12) < 1e-12
+    assert (emulator.target, emulator.project, emulator.training) == ("absolute", False, False)
+
+
+def test_a_legacy_checkpoint_without_statistics(old_run):
+    path, _, run = old_run
+    (run / "stats" / "mean_full_field.npy").unlink()
+    with pytest.raises(LabError, match="has no stats/mean_full_field.npy"):
+        load_emulator(path)
+    (path.parents[1] / "config.toml").unlink()
+    with pytest.raises(LabError, match="holds weights only"):
+        load_emulator(path)
+
+
+def test_a_legacy_checkpoint_that_does_not_fit(old_run):
+    path = old_run[0]
+    with pytest.raises(LabError, match=r"best.tar does not fit the model: blocks.1.attn.proj.bias is missing; .* and 9 more"):
+        load_legacy(path, img_size=16, embed_dim=16, depth=2, num_heads=2)
+    with pytest.raises(LabError, match=r"cut short|damaged|tensors"):
+        path.write_bytes(path.read_bytes()[:500])
+        load_emulator(path)
