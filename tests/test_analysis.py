@@ -227,7 +227,7 @@ def test_every_switch_of_the_analysis_switches(study):
 
 MISTAKES = {
     "analysis.PC_autocorr_nlags=60": "PC_autocorr_nlags = 60 needs more frames than that; a record of truth has 60",
-    "analysis.extreme_block=5.0": "extreme_block = 5 time units needs at least two blocks",
+    "analysis.extreme_block=5.0": "extreme_block = 5 time units needs three blocks",
     "analysis.eof_ncomp=17": "profiles of 16 points have 1 to 16 EOFs",
     'analysis.inference_dir="/nowhere"': "no rollout in /nowhere; run the inference first, or set analysis.inference_dir",
 }
@@ -266,6 +266,22 @@ def test_a_rollout_with_a_nan_keeps_what_came_before(study):
     assert np.isfinite(climates["best"].energy.values[0]).sum() == 21
     assert np.isfinite(climates["best"]["mean"].values).all()
     assert json.loads(climates["best"].attrs["ended_early"]) == [f"step 22 of {chunk.parent} is not finite"]
+
+
+def test_a_rollout_that_blew_up_early_is_left_out_and_said(study):
+    folder = study["pruned"]
+    for late in (folder / "inference" / "prune1_remaining_50.0").glob("*/[1-9]?.npy"):
+        late.unlink()
+    for chunk in [*(folder / "inference" / "best").glob("*/17.npy")][:1]:
+        (chunk.parent / "33.npy").unlink(), chunk.unlink()
+    climates = go(folder, "long_analysis", long_analysis, "analysis.PC_autocorr_nlags=20")
+    assert list(climates) == ["truth", "best"] and climates["best"].sizes["record"] == 1
+    assert "has only 16 of the 21 frames" in json.loads(climates["best"].attrs["left_out"])[0]
+    assert not (folder / "long_analyses" / "prune1_remaining_50.0.nc").exists()
+    for late in (folder / "inference" / "best").glob("*/[1-9]?.npy"):
+        late.unlink()
+    with pytest.raises(LabError, match="no rollout is long enough: .* has only 16 of the 21 frames"):
+        go(folder, "long_analysis", long_analysis)
 
 
 def test_a_rollout_of_another_grid_is_named(study):

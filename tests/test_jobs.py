@@ -281,6 +281,13 @@ def test_killed_and_stopped_job_resumes_to_the_same_bits(place, straight):
     assert epochs(run) == epochs(straight) == 12
 
 
+def test_job_that_ran_out_of_time_says_so_with_75(place):
+    job = start("run", place / "02_train.ipynb", config(place, "late"), "--set", "training.max_hours=1e-9")
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 75 and "turbvit resume" in out and "stopped by" in err, err
+    assert stages(place / "runs/late")["train"]["state"] == "stopped"
+
+
 def test_sigterm_ends_a_job_with_143(place):
     cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
              nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell("import time\nprint('asleep', flush=True)\ntime.sleep(60)")]
@@ -332,3 +339,17 @@ def test_status_and_gif(place, straight):
     assert result.exit_code == 0 and "straight" in result.output and "done" in result.output
     result = turbvit("gif", straight, "-o", place / "moving.gif")
     assert result.exit_code == 0 and (place / "moving.gif").stat().st_size < 3_000_000, result.output
+
+
+def test_demo_from_data_to_table(place):
+    result = turbvit("demo", "--smoke")
+    assert result.exit_code == 0, result.output
+    run = place / "runs" / "demo_smoke"
+    for name in ("02_train", "03_prune", "04_inference", "05_short_analysis", "06_long_analysis", "07_compare"):
+        assert (run / f"{name}.ipynb").exists() and (run / f"{name}.html").exists() and str(run / f"{name}.html") in result.output
+    assert all(entry["state"] == "done" for entry in stages(run).values())
+    assert (run / "demo.gif").stat().st_size < 3_000_000
+    for name in ("ViT, dense", "ViT, 50 % of the weights", "UNet, dense", "persistence"):
+        assert name in result.output
+    again = turbvit("demo", "--smoke")
+    assert again.exit_code == 0 and "done in" not in again.output and again.output.count("done before") == 12

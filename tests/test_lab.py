@@ -1,6 +1,7 @@
 """Runs and learners as processes: crashes, full disks, signals, two writers, joining, resuming."""
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from turbvit_nb.lab import config as lab_config
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.config import LabError, Section, load_config
 from turbvit_nb.lab.runs import atomic, open_run, read_checkpoint, read_metrics, stages
+from turbvit_nb.train import train
 
 
 class Net(Section):
@@ -249,7 +251,7 @@ def test_killed_while_saving(home):
     "At whatever moment the process dies, the checkpoint is one of those that were saved."
     (home / "a.toml").write_text('output_dir = "a"\n')
     random.seed(0)
-    for attempt in range(4):
+    for attempt in range(3):
         writer = python(SAVE, "old" if attempt else "new")
         writer.stdout.readline()
         until(lambda: (home / "runs" / "a" / "checkpoints" / "last.tar").exists())
@@ -347,12 +349,32 @@ if learner.stop is None:
 """
 
 
+def same(one: Path, other: Path) -> None:
+    "Two run folders agree to the last bit in the log (times aside) and in what a resume needs."
+    lines = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(each)] for each in (one, other)]
+    assert lines[0] == lines[1]
+    for name in ("last", "best"):
+        ours, theirs = (read_checkpoint(each / "checkpoints" / f"{name}.tar") for each in (one, other))
+        for part in (["step"], ["model_state"], ["ema_state"], ["optimizer_state", "state"], ["rng", "torch"], ["callbacks", "Checkpoint"]):
+            a, b = ours, theirs
+            for key in part:
+                a, b = a[key], b[key]
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    "The folder of a run that nobody disturbed."
+    home = tmp_path_factory.mktemp("straight")
+    (home / "straight.toml").write_text('output_dir = "straight"\nseed = 5\n')
+    process = python(LEARN, "straight.toml", "-1", "-", cwd=home, env=os.environ | {"TURBVIT_RUNS": str(home / "runs")})
+    assert process.wait() == 0, process.stderr.read()
+    return home / "runs" / "straight"
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_killed_in_mid_epoch_and_resumed_to_the_same_bits(home, how):
-    for name in ("straight", "killed"):
-        (home / f"{name}.toml").write_text(f'output_dir = "{name}"\nseed = 5\n')
-    straight = python(LEARN, "straight.toml", "-1", how)
-    assert straight.wait() == 0, straight.stderr.read()
+def test_killed_in_mid_epoch_and_resumed_to_the_same_bits(home, straight, how):
+    (home / "killed.toml").write_text('output_dir = "killed"\nseed = 5\n')
     killed = python(LEARN, "killed.toml", "21", how)
     killed.wait()
     folder = home / "runs" / "killed"
@@ -360,14 +382,124 @@ def test_killed_in_mid_epoch_and_resumed_to_the_same_bits(home, how):
     resumed = python(LEARN, "runs/killed", "-1", how)
     assert resumed.wait() == 0, resumed.stderr.read()
 
-    both = [folder, home / "runs" / "straight"]
-    lines = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(each)] for each in both]
-    assert lines[0] == lines[1]
-    for name in ("last", "best"):
-        ours, theirs = (read_checkpoint(each / "checkpoints" / f"{name}.tar") for each in both)
-        for part in (["step"], ["model_state"], ["ema_state"], ["optimizer_state", "state"], ["rng", "torch"], ["callbacks", "Plateau"]):
-            a, b = ours, theirs
-            for key in part:
-                a, b = a[key], b[key]
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    same(folder, straight)
     assert {name: entry["state"] for name, entry in stages(folder).items()} == {"train": "done"}
+
+
+# Training
+
+
+TRAIN = """
+import os, signal, sys
+import turbvit_nb.train as t
+from turbvit_nb.lab.runs import open_run
+
+noise, when = t.InputNoise.before_batch, int(sys.argv[2])
+
+
+def kill_or_add(self, learner):
+    if learner.step == when: os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    noise(self, learner)
+
+
+t.InputNoise.before_batch = kill_or_add
+run = open_run(sys.argv[1], "train", sys.argv[4:])
+learner, _ = t.train(run)
+run.finish()
+"""
+KEYS = ["training.epochs=4", "training.batch_size=32", "training.input_noise=0.05", "training.ema=0.9", "training.unroll=3", "training.unroll_start=0.5"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "The folder of a small training that nobody disturbed, noise, averaging, symmetries and unrolling included."
+    home = tmp_path_factory.mktemp("trained")
+    process = python(TRAIN, "configs/smoke/train.toml", "-1", "-", *KEYS, "run=straight", env=os.environ | {"TURBVIT_RUNS": str(home)})
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return home / "straight"
+
+
+@pytest.mark.parametrize("how, step", [("SIGKILL", 13), ("SIGTERM", 9)])  # three batches an epoch: both die within one
+def test_training_resumes_to_the_same_bits(home, trained, how, step):
+    killed = python(TRAIN, "configs/smoke/train.toml", str(step), how, *KEYS, "run=killed")
+    _, errors = killed.communicate()
+    folder = home / "runs" / "killed"
+    if how == "SIGTERM":
+        assert errors.startswith("Stopped: stopped by SIGTERM at epoch 3.33 of 4; resume with config=")
+    resumed = python(TRAIN, str(folder), "-1", "-")
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same(folder, trained)
+    assert stages(folder)["train"]["state"] == "done"
+
+
+def test_a_finished_training_stays_as_it_is(home, trained):
+    checkpoint = trained / "checkpoints" / "last.tar"
+    before = checkpoint.stat().st_mtime_ns
+    run = open_run(trained, "train")
+    learner, _ = train(run)
+    run.finish()
+    assert learner.epoch == 4 and checkpoint.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("training.unroll=45", "train_dataset: no range of"),
+        ("training.batch_size=500", "train_dataset: batch_size = 500"),
+        ("train_dataset.frame_range=[[1, 50]]", "share 9 frames, 41 to 49"),
+        ("device=gpu", "is none of"),
+        ("model.embed_dim=48", "the checkpoint does not fit the model"),
+    ],
+)
+def test_mistakes_show_before_any_training(home, trained, override, line):
+    "The last one on a resume, the others on a new run."
+    source = trained if "does not fit" in line else "configs/smoke/train.toml"
+    folder = shutil.copytree(trained, home / "copy") if source == trained else source
+    with pytest.raises(LabError, match=line):
+        train(open_run(folder, "train", [override]))
+
+
+OLDER = """
+output_dir = "{out}"
+wandb_id = "abc"
+[model]
+model_type = "ViT"
+img_size = 64
+patch_size = 8
+num_frames = 2
+embed_dim = 32
+depth = 1
+num_heads = 2
+[train_dataset]
+data_dir = "{data}"
+frame_range = [[1001, 1041], [1051, 1061]]
+target_step = 1
+input_step = 1
+[validation_dataset]
+data_dirs = ["{data}"]
+frame_range = [[1801, 1831]]
+[training]
+lr = 0.001
+weight_decay = 0.05
+warmup_start_factor = 0.01
+warmup_epochs = 0.5
+plateau_factor = 0.1
+plateau_patience = 0
+epochs = 3
+batch_size = 8
+checkpoint_period = 2
+early_stop_lr_threshold = 1e-7
+"""
+
+
+def test_an_older_config_trains_on_a_real_tree(home, py2d_data):
+    (tree,) = py2d_data.glob("results/Re*/*/NX*/dt*")
+    (home / "older.toml").write_text(OLDER.format(out=home / "vit", data=tree))
+    run = open_run("older.toml", "train")
+    learner, validation = train(run)
+    run.finish()
+    assert learner.epoch == 3 and validation.steps == 20
+    assert {p.stem for p in run.checkpoints.iterdir()} == {"best", "last", "epoch0002"}
+    assert run.metrics("train")[-1]["rollout_vrmse"] < 2

@@ -1,4 +1,7 @@
 """Pruning: masks that no wrapper sees, and the whole job with its crashes."""
+import subprocess
+import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -279,6 +282,27 @@ def test_a_job_killed_in_a_stage(home, reference, monkeypatch, stage, step, orde
     run = open_run(run.path, "prune")
     prune(run)
     same_end(run.path, reference[0])
+
+
+JOB = """
+import sys, torch
+from turbvit_nb.lab.runs import open_run
+from turbvit_nb.prune import prune
+torch.set_num_threads(1)
+prune(open_run(sys.argv[1], "prune"))
+"""
+
+
+def test_a_process_killed_while_finetuning(home, reference):
+    config = dict(output_dir="killed", checkpoint_file="dense/checkpoints/best.tar", pruning=pruning(), finetuning=finetuning())
+    process = subprocess.Popen([sys.executable, "-c", JOB, str(toml(home / "killed.toml", **sections(), **config))])
+    folder, deadline = home / "runs" / "killed", time.monotonic() + 60
+    while not (folder / "checkpoints" / "prune2_last.tar").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    prune(open_run(folder, "prune"))
+    same_end(folder, reference[0])
 
 
 def test_a_finished_job_can_be_called_again(reference):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WELCOME', 'app', 'console', 'Set', 'Parameter', 'COLOURS', 'DEMO', 'welcome', 'tells', 'check_data',
            'check_checkpoint', 'nice', 'run', 'resume', 'status_rows', 'status', 'generate', 'pack', 'gif', 'demo_job',
-           'demo_data', 'clear_demo', 'demo_step', 'title_of', 'demo_gif', 'demo_rows', 'demo_table', 'demo', 'main']
+           'check_unchanged', 'demo_data', 'clear_demo', 'demo_step', 'title_of', 'demo_gif', 'demo_rows', 'demo_table',
+           'demo', 'main']
 
 # %% ../nbs/cli.ipynb #048955e2
 import functools
@@ -149,8 +150,9 @@ def _job(chapter: str, config: str | Path, overrides: Iterable[str] = (), parame
     try:
         report = run_job(found, config, overrides, parameters)
     except JobError as error:
+        again = f"turbvit resume {nice(folder)}" if (folder / "config.toml").exists() else f"turbvit run {chapter} {config}"
         if error.code != 1:
-            console.print(f"go on with: [cyan]turbvit resume {escape(nice(folder))}[/]")
+            console.print(f"go on with: [cyan]{escape(again)}[/]")
         raise
     console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s: {escape(nice(report.done))} and .html")
     return folder
@@ -224,7 +226,7 @@ def status(
     "Show the stages of all runs."
     from turbvit_nb.lab.config import find_config, runs_dir
 
-    folders = [find_config(name) for name in runs] or sorted(path.parent for path in runs_dir().glob("**/status.json"))
+    folders = [find_config(name) for name in runs] or sorted(path.parent for depth in ("*", "*/*") for path in runs_dir().glob(f"{depth}/status.json"))
     rows = status_rows(folders)
     if not rows:
         console.print(f"no runs in {escape(nice(runs_dir()))} yet; try [cyan]turbvit demo[/]")
@@ -296,8 +298,6 @@ DEMO = [  # config, chapter, what it does
     ("vit", "03_prune", "prune it in three stages"),
     ("unet", "02_train", "train a UNet to compare with"),
     ("vit", "04_inference", "roll out, dense and pruned"),
-    ("control", "04_inference", "roll out the control"),
-    ("unet", "04_inference", "roll out the UNet"),
     ("vit", "05_short_analysis", "short leads"),
     ("control", "05_short_analysis", "short leads of the control"),
     ("unet", "05_short_analysis", "short leads of the UNet"),
@@ -309,15 +309,31 @@ DEMO = [  # config, chapter, what it does
 def demo_job(config: Path, chapter: str) -> bool:
     "Run one job of the demo, from its config or from where it was stopped; False when it was done before."
     from turbvit_nb.lab.config import load_config, run_folder
-    from turbvit_nb.lab.jobs import find_chapter, run_job
+    from turbvit_nb.lab.jobs import JobError, find_chapter, run_job
     from turbvit_nb.lab.runs import stages
 
     folder = run_folder(load_config(config).top.output_dir)
+    check_unchanged(config, folder)
     entry = stages(folder).get(find_chapter(chapter).stage)
     if entry and entry["state"] == "done":
         return False
-    run_job(chapter, folder if entry else config)
+    try:
+        run_job(chapter, folder if entry else config)
+    except JobError as error:
+        raise JobError(f"{error}; turbvit demo goes on from here", error.code) if error.code != 1 else error
     return True
+
+
+def check_unchanged(config: Path, folder: Path) -> None:
+    "Refuse to mix results of two versions of the demo's config."
+    from turbvit_nb.lab.config import LabError, load_config
+
+    if not (folder / "config.toml").exists():
+        return
+    old, new = load_config(folder).to_dict(), load_config(config).to_dict()
+    changed = [f"{name}.{key}" for name, keys in new.items() if isinstance(keys, dict) for key in keys if old.get(name, {}).get(key) != keys[key]]
+    if changed:
+        raise LabError(f"{nice(folder)} was made with another {changed[0]} than {nice(config)} says; start over with turbvit demo --fresh")
 
 # %% ../nbs/cli.ipynb #3fe544d7
 def demo_data(config: Path) -> bool:

@@ -275,9 +275,9 @@ def check_disjoint(
 ):
     "Raise `LabError`, with the names of the sections, if two data sets share a frame of a run."
     for one, other in combinations(datasets, 2):
-        ours = {s.path.resolve(): i for i, s in enumerate(one.stores)}
+        ours = {s.run: i for i, s in enumerate(one.stores)}
         for j, store in enumerate(other.stores):
-            if (i := ours.get(store.path.resolve())) is None: continue
+            if (i := ours.get(store.run)) is None: continue
             if len(shared := np.intersect1d(one.numbers(i), other.numbers(j))):
                 raise LabError(f"{one.name} and {other.name} share {len(shared)} frames, {shared[0]} to {shared[-1]}, of {store.path}; give each its own")
 
@@ -296,14 +296,16 @@ class Batches:
         device: str | torch.device = "cpu",
         drop_last: bool = True,  # leave out a last batch that is not full
         prefetch: bool = False,  # make the next batch in a thread meanwhile
+        limit: int | None = None,  # batches in an epoch, at most: a random part of a large set
     ):
         self.dataset, self.batch_size, self.shuffle, self.seed, self.augment = dataset, batch_size, shuffle, seed, augment
-        self.rank, self.world, self.device, self.drop_last, self.prefetch = rank, world, device, drop_last, prefetch
+        self.rank, self.world, self.device, self.drop_last, self.prefetch, self.limit = rank, world, device, drop_last, prefetch, limit
         if not len(self): raise LabError(f"{dataset.name}: batch_size = {batch_size} on {world} rank(s) is more than its {len(dataset)} samples")
 
     def __len__(self) -> int:
         n = len(self.dataset) // self.world if self.drop_last else len(range(self.rank, len(self.dataset), self.world))
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        batches = n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        return min(batches, self.limit or batches)
 
 # %% ../nbs/01_datasets.ipynb #8400e086
 @patch

@@ -7,10 +7,10 @@ __all__ = ['Arrays', 'DIAGNOSTICS', 'EXTREMES', 'Frames', 'Record', 'truth_recor
            'Diagnostic', 'TemporalMean', 'Thinned', 'ZonalMean', 'Spool', 'ZonalEOF', 'Divergence', 'Distribution',
            'VorticityDistribution', 'Spectra', 'Extremes', 'AnomalyExtremes', 'Energetics', 'switched_on', 'frames_of',
            'accumulate', 'climate_dataset', 'ended_early', 'histogram_of', 'climate_distances', 'open_truth',
-           'truth_records', 'spacing', 'rollout_groups', 'check_source', 'bin_ranges', 'halves', 'chance_distances',
-           'analyse_source', 'open_setting', 'long_analysis', 'read_long', 'spectrum_figure', 'pdf_figure',
-           'zonal_figure', 'eof_figure', 'autocorrelation_figure', 'return_figure', 'energy_figure', 'mean_figure',
-           'drift', 'drifting', 'climate_table', 'climate_verdict']
+           'truth_records', 'spacing', 'rollout_groups', 'frames_needed', 'long_enough', 'check_source', 'bin_ranges',
+           'halves', 'chance_distances', 'analyse_source', 'open_setting', 'long_analysis', 'read_long',
+           'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure', 'autocorrelation_figure', 'return_figure',
+           'energy_figure', 'mean_figure', 'drift', 'drifting', 'outside', 'climate_table', 'climate_verdict']
 
 # %% ../nbs/06_long_analysis.ipynb #0a0d063c
 import json
@@ -170,7 +170,7 @@ def _numbers(values: Tensor) -> np.ndarray:
     "A tensor as float64 numpy."
     return values.double().cpu().numpy()
 
-
+# %% ../nbs/06_long_analysis.ipynb #5be107cd
 class TemporalMean(Diagnostic, switch="temporal_mean"):
     "Mean and variance in time of u, v and ω at every point."
 
@@ -228,14 +228,17 @@ class ZonalMean(Diagnostic, switch="zonal_mean"):
         if other.record == self.record:
             self.history.update(np.array(other.history.times), np.array(other.history.kept))
 
-    def result(self) -> Arrays:
-        moments, dims = self.parts["profiles"].result(), ("field", "y")
-        return {
-            "zonal_mean": (dims, _numbers(moments["mean"]), {"long_name": "mean over x and time", "units": "of the field"}),
-            "zonal_variance": (dims, _numbers(moments["var"]), {"long_name": "variance in time of the mean over x", "units": "of the field, squared"}),
-            "history": (("history_time", "y"), np.stack(self.history.kept), {"long_name": "mean over x of u, first record, thinned", "units": "length/time"}),
-            "history_time": (("history_time",), np.array(self.history.times), {"units": "time"}),
-        }
+# %% ../nbs/06_long_analysis.ipynb #29c7c7c1
+@patch
+def result(self: ZonalMean) -> Arrays:
+    "Mean and variance of the profiles (field, y), and the thinned history of U (history_time, y)."
+    moments, dims = self.parts["profiles"].result(), ("field", "y")
+    return {
+        "zonal_mean": (dims, _numbers(moments["mean"]), {"long_name": "mean over x and time", "units": "of the field"}),
+        "zonal_variance": (dims, _numbers(moments["var"]), {"long_name": "variance in time of the mean over x", "units": "of the field, squared"}),
+        "history": (("history_time", "y"), np.stack(self.history.kept), {"long_name": "mean over x of u, first record, thinned", "units": "length/time"}),
+        "history_time": (("history_time",), np.array(self.history.times), {"units": "time"}),
+    }
 
 # %% ../nbs/06_long_analysis.ipynb #846139a6
 class Spool:
@@ -279,22 +282,32 @@ class ZonalEOF(Diagnostic, switch="zonal_eof_pc"):
         return [np.concatenate([project(rows) for rows in pieces(spool.read())]) for _, spool in sorted(self.profiles.items())]
 
 # %% ../nbs/06_long_analysis.ipynb #22b4b066
+def _mean_autocorrelation(
+    components: Sequence[np.ndarray],  # (n, modes) of each record
+    nlags: int,
+) -> np.ndarray:
+    "Autocorrelation (modes, nlags + 1), averaged over the records long enough for it with their lengths as weights; NaN if none is."
+    long = [record for record in components if len(record) > nlags]
+    if not long:
+        return np.full((components[0].shape[1], nlags + 1), np.nan)
+    each = [_numbers(autocorrelation(torch.from_numpy(record.T.copy()), nlags)) for record in long]
+    return np.average(each, axis=0, weights=[len(record) for record in long])
+
+
 @patch
 def result(self: ZonalEOF) -> Arrays:
     "EOFs, explained variance, PCs (padded with NaN to the longest record) and their autocorrelation."
     nlags, moments = self.setting.config.PC_autocorr_nlags, self.parts["profiles"].result()
     modes = eofs(moments["covariance"], self.setting.config.eof_ncomp)
     components = self.components(moments, modes)
-    weights = [len(record) for record in components]
-    each = [autocorrelation(torch.from_numpy(record.T.copy()), nlags) for record in components]
-    padded = np.full((len(components), max(weights), len(modes["variance"])), np.nan, np.float32)
+    padded = np.full((len(components), max(map(len, components)), len(modes["variance"])), np.nan, np.float32)
     for row, record in zip(padded, components):
         row[: len(record)] = record
     return {
         "eof": (("mode", "y"), _numbers(modes["patterns"]), {"long_name": "EOFs of the mean over x of u, orthonormal", "units": "1"}),
         "explained": (("mode",), _numbers(modes["explained"]), {"long_name": "fraction of the variance explained", "units": "1"}),
         "pc": (("record", "frame", "mode"), padded, {"long_name": "principal components", "units": "length/time"}),
-        "pc_autocorrelation": (("mode", "lag"), np.average([_numbers(a) for a in each], axis=0, weights=weights), {"long_name": "autocorrelation of the PCs, biased estimate", "units": "1"}),
+        "pc_autocorrelation": (("mode", "lag"), _mean_autocorrelation(components, nlags), {"long_name": "autocorrelation of the PCs, biased estimate", "units": "1"}),
         "lag_time": (("lag",), np.arange(nlags + 1) * self.setting.step, {"units": "time"}),
     }
 
@@ -346,18 +359,21 @@ class Distribution(Diagnostic, switch="PDF_U"):
     def merge(self, other: "Distribution") -> None:
         _merge_parts(self.parts, other.parts)
 
-    def result(self) -> Arrays:
-        histogram, moments, name = self.parts["histogram"], self.parts["moments"].result(), self.name
-        pdf, about = histogram.result(), {"long_name": f"probability density of {self.symbol}", "units": f"1/({self.units})"}
-        shape = {f"{key}_{name}": ((), float(moments[key]), {"units": "1"}) for key in ("skewness", "kurtosis")}
-        return shape | {
-            f"pdf_{name}": ((f"bin_{name}",), _numbers(pdf["density"]), about),
-            f"bin_{name}": ((f"bin_{name}",), _numbers(pdf["centres"]), {"units": self.units}),
-            f"counts_{name}": ((f"slot_{name}",), histogram.counts.numpy(), {"long_name": "counts: below the bins, in each, above", "units": "1"}),
-            f"std_{name}": ((), float(moments["std"]), {"units": self.units}),
-        }
+# %% ../nbs/06_long_analysis.ipynb #f920c29a
+@patch
+def result(self: Distribution) -> Arrays:
+    "Density, bins, counts (with those outside the bins at either end), and moments."
+    histogram, moments, name = self.parts["histogram"], self.parts["moments"].result(), self.name
+    pdf, about = histogram.result(), {"long_name": f"probability density of {self.symbol}", "units": f"1/({self.units})"}
+    shape = {f"{key}_{name}": ((), float(moments[key]), {"units": "1"}) for key in ("skewness", "kurtosis")}
+    return shape | {
+        f"pdf_{name}": ((f"bin_{name}",), _numbers(pdf["density"]), about),
+        f"bin_{name}": ((f"bin_{name}",), _numbers(pdf["centres"]), {"units": self.units}),
+        f"counts_{name}": ((f"slot_{name}",), histogram.counts.numpy(), {"long_name": "counts: below the bins, in each, above", "units": "1"}),
+        f"std_{name}": ((), float(moments["std"]), {"units": self.units}),
+    }
 
-
+# %% ../nbs/06_long_analysis.ipynb #1e49c45d
 class VorticityDistribution(Distribution, switch="PDF_Omega"):
     "Distribution of ω over all points and frames."
 
@@ -417,18 +433,21 @@ class Extremes(Diagnostic, switch="return_period"):
         for record, blocks in other.blocks.items():
             self.blocks.setdefault(record, BlockMaxima(self.setting.config.extreme_block)).merge(blocks)
 
-    def result(self) -> Arrays:
-        length, p = self.setting.config.extreme_block, self.prefix
-        whole = [part.result() for _, part in sorted(self.blocks.items())]
-        maxima = torch.cat([part for part in whole if len(part)]) if any(map(len, whole)) else torch.empty(0)
-        period, level = return_periods(maxima, length)
-        signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
-        return {
-            f"{p}return_period": ((f"{p}rank",), _numbers(period), {"long_name": "empirical return period", "units": "time"}),
-            f"{p}return_level": ((f"{p}rank", "extreme"), _numbers(level * signs), {"long_name": "level that is passed once per return period", "units": "length/time, 1/time"}),
-        }
+# %% ../nbs/06_long_analysis.ipynb #e8782f95
+@patch
+def result(self: Extremes) -> Arrays:
+    "Return periods (rank,) and the level of each extreme (rank, extreme), from the whole blocks of all records."
+    length, p = self.setting.config.extreme_block, self.prefix
+    whole = [part.result() for _, part in sorted(self.blocks.items())]
+    maxima = torch.cat([part for part in whole if len(part)]) if any(map(len, whole)) else torch.empty(0)
+    period, level = return_periods(maxima, length)
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    return {
+        f"{p}return_period": ((f"{p}rank",), _numbers(period), {"long_name": "empirical return period", "units": "time"}),
+        f"{p}return_level": ((f"{p}rank", "extreme"), _numbers(level * signs), {"long_name": "level that is passed once per return period", "units": "length/time, 1/time"}),
+    }
 
-
+# %% ../nbs/06_long_analysis.ipynb #a7c9511f
 class AnomalyExtremes(Extremes, switch="return_period_anomaly"):
     "Extremes of the anomalies of u and ω from the climatology of other frames."
 
@@ -471,7 +490,7 @@ def switched_on(config: AnalysisConfig) -> list[str]:
 def frames_of(
     record: Record,
     number: int,  # of the record in its source
-    budget: int = 2**24,  # bytes of one double-precision field over a piece
+    budget: int = 2**20,  # bytes of one double-precision field over a piece: what a core's cache holds
 ) -> Iterator[Frames]:
     "The record in pieces; ends at the first frame that is not finite."
     side = next(iter(record.read(0, 1).values())).shape[-1]
@@ -546,7 +565,7 @@ def _wasserstein(a: xr.Dataset, b: xr.Dataset, name: str) -> float:
     mine.low, mine.high = other.low, other.high
     return wasserstein(mine, other) / float(b[f"std_{name}"])
 
-
+# %% ../nbs/06_long_analysis.ipynb #61438e39
 def climate_distances(
     a: xr.Dataset,
     truth: xr.Dataset,
@@ -596,7 +615,7 @@ def spacing(
     "How many frames of the data go on one state of the rollout."
     return max(1, round(record.step / dataset.step * dataset.cfg.target_step))
 
-
+# %% ../nbs/06_long_analysis.ipynb #468e8936
 def rollout_groups(
     folder: Path,  # holds rollouts, at any depth
     step: float | None = None,  # time units per step, for those that do not say
@@ -611,6 +630,18 @@ def rollout_groups(
     return {name: groups[name] for name in order}
 
 # %% ../nbs/06_long_analysis.ipynb #e5c78518
+def frames_needed(config: AnalysisConfig) -> int:
+    "The shortest record that the config can be carried out on."
+    return max(2, config.PC_autocorr_nlags + 1 if config.zonal_eof_pc else 2)
+
+
+def long_enough(records: Sequence[Record], config: AnalysisConfig) -> tuple[list[Record], list[str]]:
+    "The records that are long enough, and in words those that are not."
+    needed = frames_needed(config)
+    short = [f"{record.label} has only {len(record)} of the {needed} frames that analysis.PC_autocorr_nlags asks for" for record in records if len(record) < needed]
+    return [record for record in records if len(record) >= needed], short
+
+
 def check_source(
     name: str,  # of the source
     records: Sequence[Record],
@@ -619,13 +650,13 @@ def check_source(
 ) -> None:
     "Raise `LabError` where the records are too short or do not fit the truth."
     config, shortest = setting.config, min(map(len, records))
-    if config.zonal_eof_pc and config.PC_autocorr_nlags >= shortest:
+    if shortest < frames_needed(config):
         raise LabError(f"analysis.PC_autocorr_nlags = {config.PC_autocorr_nlags} needs more frames than that; a record of {name} has {shortest}: lower it or use longer records")
     if config.zonal_eof_pc and not 1 <= config.eof_ncomp <= side:
         raise LabError(f"analysis.eof_ncomp = {config.eof_ncomp}: profiles of {side} points have 1 to {side} EOFs")
     longest = max(map(len, records)) * setting.step
-    if (config.return_period or config.return_period_anomaly) and 2 * config.extreme_block > longest + setting.step / 2:
-        raise LabError(f"analysis.extreme_block = {config.extreme_block:g} time units needs at least two blocks; the longest record of {name} has {longest:.3g}: shorten it")
+    if (config.return_period or config.return_period_anomaly) and 3 * config.extreme_block > longest + setting.step / 2:
+        raise LabError(f"analysis.extreme_block = {config.extreme_block:g} time units needs three blocks, of which two are whole; the longest record of {name} has {longest:.3g}: shorten it")
     for record in records:
         shape = next(iter(record.read(0, 1).values())).shape
         if shape[-1] != side:
@@ -658,7 +689,7 @@ def halves(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
         return [records[0].first(middle)], [records[0].after(middle)]
     return list(records[: len(records) // 2]), list(records[len(records) // 2 :])
 
-
+# %% ../nbs/06_long_analysis.ipynb #c6d4351b
 def chance_distances(records: Sequence[Record], setting: Setting) -> dict[str, float]:
     "Distances between the climates of two halves of the truth."
     names = [name for name in ("PDF_U", "PDF_Omega", "spectra", "zonal_mean") if getattr(setting.config, name)] + ["energetics"]
@@ -673,7 +704,7 @@ def _made_from(run: Run, records: Sequence[Record], setting: Setting) -> str:
     held = [[r.label, len(r), float(r.times[0]), float(r.times[-1]), float(next(iter(r.read(len(r) - 1, len(r)).values())).double().sum())] for r in records]
     return json.dumps(sections | {"analysis": asked, "ranges": dict(setting.ranges), "records": held}, sort_keys=True)
 
-
+# %% ../nbs/06_long_analysis.ipynb #24a1ffff
 def analyse_source(
     run: Run,
     name: str,  # of the source and its file
@@ -697,7 +728,7 @@ def analyse_source(
         data.to_netcdf(part, engine="h5netcdf")
     return data
 
-# %% ../nbs/06_long_analysis.ipynb #24a1ffff
+# %% ../nbs/06_long_analysis.ipynb #063ef502
 def open_setting(run: Run, dataset: FrameDataset, truth: Sequence[Record]) -> Setting:
     "What all sources of a run share; the climatology only where the anomalies' extremes are asked for."
     config, climate = analysis_settings(run), None
@@ -709,7 +740,7 @@ def open_setting(run: Run, dataset: FrameDataset, truth: Sequence[Record]) -> Se
         climate = torch.cat([mean, Grid.of(mean).vorticity(mean)[None]])
     return Setting(config, truth[0].step, climate, bin_ranges(truth))
 
-
+# %% ../nbs/06_long_analysis.ipynb #1e8a2f50
 def long_analysis(run: Run) -> dict[str, xr.Dataset]:
     "The climates of the truth and of every checkpoint that has rollouts, into `long_analyses/<source>.nc`. Whole results are not made again."
     ensure_data(run.config)
@@ -718,14 +749,29 @@ def long_analysis(run: Run) -> dict[str, xr.Dataset]:
     groups = rollout_groups(Path(config.inference_dir).expanduser() if config.inference_dir else run.path / "inference", dataset.step)
     rollouts = {name: [rollout_record(r).first(config.analysis_length) for r in group] for name, group in groups.items()}
     truth = truth_records(dataset, spacing(dataset, next(iter(rollouts.values()))[0]), config.analysis_length)
-    setting, sources = open_setting(run, dataset, truth), {"truth": truth} | rollouts
-    side = next(iter(truth[0].read(0, 1).values())).shape[-1]
-    for name, records in sources.items():
-        check_source(name, records, setting, side)
-    about = _about(run, truth)
-    return {name: analyse_source(run, name, records, setting, about) for name, records in progress(sources.items(), desc="climates")}
+    setting, side = open_setting(run, dataset, truth), next(iter(truth[0].read(0, 1).values())).shape[-1]
+    check_source("truth", truth, setting, side)
+    sources, left_out = {"truth": truth}, {"truth": []}
+    for name, records in rollouts.items():
+        records, left_out[name] = long_enough(records, config)
+        if records:
+            check_source(name, records, setting, side)
+            sources[name] = records
+    return _analyse_all(run, sources, left_out, setting, _about(run, truth))
 
 # %% ../nbs/06_long_analysis.ipynb #bf66b566
+def _analyse_all(run: Run, sources: Mapping[str, list[Record]], left_out: Mapping[str, list[str]], setting: Setting, about: Mapping) -> dict[str, xr.Dataset]:
+    "The climates of all sources. A source none of whose records is long enough has none, and an older file of it is removed."
+    for what in sum(left_out.values(), []):
+        note(f"left out: {what}")
+    if len(sources) == 1:
+        raise LabError(f"no rollout is long enough: {'; '.join(sum(left_out.values(), []))}; lower it or roll out further")
+    for name in left_out.keys() - sources.keys():
+        (run.path / "long_analyses" / f"{name}.nc").unlink(missing_ok=True)
+    jobs = progress(sources.items(), desc="climates")
+    return {name: analyse_source(run, name, records, setting, about | {"left_out": json.dumps(left_out[name])}) for name, records in jobs}
+
+
 def _about(run: Run, truth: Sequence[Record]) -> dict:
     "Wavenumbers worth marking: of the forcing, and of a patch where the network has patches."
     regime = Regime.parse(truth[0].label)
@@ -760,7 +806,7 @@ def pdf_figure(climates: Mapping[str, xr.Dataset], name: str = "omega", **axes) 
     symbol, units = ("ω", "1/time") if name == "omega" else ("u", "length/time")
     return curves(lines, f"{symbol} ({units})", f"probability density of {symbol}", **({"logy": True} | axes))
 
-
+# %% ../nbs/06_long_analysis.ipynb #84638569
 def zonal_figure(climates: Mapping[str, xr.Dataset], **axes) -> hv.Overlay:
     "Profiles of the mean zonal flow; the band is the truth's standard deviation in time."
     lines = {source: (data.y.values, data.zonal_mean.sel(field="u").values) for source, data in climates.items()}
@@ -827,6 +873,12 @@ def drifting(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
     changes = {name: (drift(data, name), drift(truth, name)) for name in ("energy", "enstrophy")}
     return [f"{name} by {mine:+.0%}" for name, (mine, natural) in changes.items() if not abs(mine) <= max(0.2, 3 * abs(natural))]
 
+# %% ../nbs/06_long_analysis.ipynb #4882e275
+def outside(data: xr.Dataset, name: str) -> float:
+    "The fraction of values of u or omega that no bin holds."
+    counts = data[f"counts_{name}"].values
+    return float((counts[0] + counts[-1]) / counts.sum())
+
 
 def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
     "A row per source: distances from the truth, drift, divergence, and how much was analysed."
@@ -837,12 +889,13 @@ def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
         if source == "truth":
             continue
         more = {"divergence / vorticity": float(data.divergence)} if "divergence" in data else {}
+        more |= {"ω outside the bins": f"{outside(data, 'omega'):.2%}"} if "counts_omega" in data else {}
         rows.append({"source": source} | climate_distances(data, truth) | drifts(data) | more)
     for row, data in zip(rows, climates.values()):
         row["frames"] = int(np.isfinite(data.energy.values).sum())
     return Table(rows, "Distances from the climate of the truth; the first row is what chance does")
 
-
+# %% ../nbs/06_long_analysis.ipynb #e4e5f670
 def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
     "One sentence per source: which distances exceed twice what separates the halves of the truth."
     truth, sentences = climates["truth"], []
@@ -855,6 +908,7 @@ def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
         told = f"differs from the truth by more than twice what chance does in {', '.join(beyond)}" if beyond else "differs from the truth in nothing by more than twice what chance does"
         moving = drifting(data, truth)
         moving = f"; from the first to the second half it changes its {' and its '.join(moving)}, so it has no climate yet" if moving else ""
-        early = "".join(f"; a record ends early: {what}" for what in json.loads(data.attrs.get("ended_early", "[]")))
-        sentences.append(f"{source}: {told}{moving}{early}.")
+        cut = [f"; a record ends early: {what}" for what in json.loads(data.attrs.get("ended_early", "[]"))]
+        cut += [f"; left out, so this is the climate of the longer rollouts only: {what}" for what in json.loads(data.attrs.get("left_out", "[]"))]
+        sentences.append(f"{source}: {told}{moving}{''.join(cut)}.")
     return sentences

@@ -120,7 +120,8 @@ class Pruning:
     ) -> "Pruning":
         "Take it up from a checkpoint; one that was never pruned has masks of ones and no rows. Raises `LabError`."
         emulator, state = load_emulator(checkpoint, device), read_checkpoint(checkpoint)
-        masks = Masks(state.get("masks") or Masks.dense(prunable(emulator)))
+        masks = state.get("masks") or Masks.dense(prunable(emulator))
+        masks = Masks({name: mask.to(device) for name, mask in masks.items()})
         return cls(emulator, masks, state.get("optimizer_state"), list(state.get("pruning", {}).get("rows", [])))
 
 # %% ../nbs/03_prune.ipynb #f00686a0
@@ -164,14 +165,14 @@ def score_histogram(
     after: Masks,
     width: float = 0.1,  # of a bin, in decades
 ) -> dict[str, list[float] | float | None]:  # edges (bins + 1) and counts (bins) over log10(score), threshold, zeros
-    "A summary of the scores in plain values; the lowest thousandth is in the first bin."
+    "A summary of the scores in plain values; the lowest hundredth is in the first bin."
     flat = torch.cat([scores[name][mask].double().cpu() for name, mask in before.items()])
     least = min(scores[name][mask].min().item() for name, mask in after.items() if mask.any())
     zeros, logs = int((flat == 0).sum()), flat[flat > 0].log10()
     cut = math.log10(least) if after.remaining() < before.remaining() and least > 0 else None
     if not len(logs):
         return {"edges": [0.0, 1.0], "counts": [0.0], "threshold": cut, "zeros": zeros}
-    low = logs.kthvalue(1 + len(logs) // 1000).values.item()
+    low = logs.kthvalue(1 + len(logs) // 100).values.item()
     edges = width * torch.arange(math.floor(low / width), math.floor(logs.max().item() / width) + 2, dtype=torch.float64)
     counts, _ = torch.histogram(logs.clamp(min=edges[0]), edges)
     return {"edges": edges.tolist(), "counts": counts.tolist(), "threshold": cut, "zeros": zeros}

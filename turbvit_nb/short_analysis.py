@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FIELDS', 'FORECASTS', 'UNITS', 'AnalysisConfig', 'with_vorticity', 'velocity', 'score_lead', 'score_rollout',
            'start_samples', 'scored_section', 'climate_section', 'analysis_settings', 'open_test', 'check_step',
-           'score_emulator', 'from_velocity', 'checkpoint_names', 'shown_leads', 'example_fields', 'described',
-           'analyse_checkpoint', 'short_analysis', 'read_short', 'curve', 'horizons', 'beaten_until', 'summary_row',
-           'summary_table', 'score_figure', 'strip_figure', 'spectrum_figure', 'verdict']
+           'score_emulator', 'from_velocity', 'checkpoint_names', 'checkpoint_files', 'shown_leads', 'example_fields',
+           'described', 'analyse_checkpoint', 'short_analysis', 'read_short', 'curve', 'horizons', 'beaten_until',
+           'summary_row', 'summary_table', 'score_figure', 'strip_figure', 'spectrum_figure', 'verdict']
 
 # %% ../nbs/05_short_analysis.ipynb #d1bb1588
 import json
@@ -231,6 +231,13 @@ def checkpoint_names(
         raise LabError(f"no checkpoint {', '.join(missing) or 'best'} in {folder}; it holds {', '.join(present) or 'none'}")
     return names
 
+# %% ../nbs/05_short_analysis.ipynb #b1a5a99b
+def checkpoint_files(run: Run) -> list[Path]:
+    "The checkpoints to analyse; where the run has none, the one that its config starts from."
+    if run.config.top.checkpoint_file and not any(run.checkpoints.glob("*.tar")):
+        return [run.start_checkpoint()]
+    return [run.checkpoints / f"{name}.tar" for name in checkpoint_names(run.checkpoints, analysis_settings(run).checkpoints)]
+
 
 def _stage(name: str) -> int:
     "The number in `prune3_remaining_50.0`."
@@ -335,14 +342,13 @@ def _up_to_date(target: Path, fingerprint: str) -> bool:
     with xr.open_dataset(target, engine="h5netcdf") as old:
         return old.attrs.get("made_from") == fingerprint
 
-
+# %% ../nbs/05_short_analysis.ipynb #8c5c85a4
 def short_analysis(run: Run) -> dict[str, xr.Dataset]:
     "Score every checkpoint of the run into `short_analyses/<checkpoint>.nc` and return the scores by name. Whole results are not made again."
     ensure_data(run.config)
     if scored_section(run) == "validation_dataset":
         note("no [test_dataset]: the scores are of the validation frames, which have chosen the checkpoint")
-    named = run.config.top.checkpoint_file
-    files = [run.start_checkpoint()] if named else [run.checkpoints / f"{name}.tar" for name in checkpoint_names(run.checkpoints, analysis_settings(run).checkpoints)]
+    files = checkpoint_files(run)
     for file in progress(files, desc="checkpoints"):
         target = run.path / "short_analyses" / f"{file.stem}.nc"
         target.parent.mkdir(exist_ok=True)
@@ -350,7 +356,7 @@ def short_analysis(run: Run) -> dict[str, xr.Dataset]:
             analyse_checkpoint(run, file, target)
     return read_short(run.path, [file.stem for file in files])
 
-
+# %% ../nbs/05_short_analysis.ipynb #f1040c64
 def read_short(
     folder: Path,  # of a run
     names: Iterable[str] | None = None,  # checkpoints; default all that were analysed

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIGHER', 'PRECISION', 'TrainingConfig', 'build_data', 'build_emulator', 'build_batches', 'build_optimizer', 'Unroll',
            'InputNoise', 'lead_scores', 'summarise', 'spread', 'Validation', 'can_roll', 'schedule_callbacks',
-           'past_one_step', 'run_callbacks', 'fit', 'train']
+           'past_one_step', 'run_callbacks', 'autocast_dtype', 'fit', 'train']
 
 # %% ../nbs/02_train.ipynb #141ea6ce
 from collections.abc import Iterable
@@ -30,6 +30,7 @@ class TrainingConfig(Section):
     "The section `[training]`."
 
     epochs: int = Field(50, ge=0)  # passes over the training set
+    steps_per_epoch: int | None = Field(None, gt=0)  # cut epochs short: validations and checkpoints come sooner
     batch_size: int = Field(16, gt=0)  # samples per step
     lr: float = Field(1e-3, gt=0)  # peak learning rate
     weight_decay: float = Field(0.01, ge=0)  # of AdamW, on weights of two or more dimensions
@@ -42,7 +43,7 @@ class TrainingConfig(Section):
     checkpoint_period: int | None = Field(None, gt=0)  # epochs between checkpoints that are kept
     clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the forward pass
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the forward pass; auto: bf16 where the hardware computes in it
     max_hours: float | None = Field(None, gt=0)  # stop in good order, to be resumed, before the queue does
     unroll: int = Field(4, ge=1)  # steps of its own that the model is trained through
     unroll_start: float = Field(0.6, ge=0, le=1)  # fraction of the epochs after which it is unrolled
@@ -72,7 +73,7 @@ def build_data(
     check_disjoint(train_set, validation_set)
     return train_set, validation_set
 
-
+# %% ../nbs/02_train.ipynb #eded6fbd
 def build_emulator(
     run: Run,  # open
     dataset: FrameDataset,  # for training: its frames give the statistics
@@ -91,7 +92,7 @@ def build_batches(
 ) -> Batches:  # shuffled, augmented when `settings` says so
     "The batches of training."
     augment = Symmetries(dataset.regimes, dataset.fields) if settings.augment else None
-    return Batches(dataset, settings.batch_size, seed=run.config.top.seed, augment=augment, device=run.device)
+    return Batches(dataset, settings.batch_size, seed=run.config.top.seed, augment=augment, device=run.device, limit=settings.steps_per_epoch)
 
 # %% ../nbs/02_train.ipynb #e0ce5d12
 def build_optimizer(
@@ -187,7 +188,7 @@ def spread(
     "Evenly spaced indices, from the first to the last."
     return torch.linspace(0, n - 1, min(n, count)).round().long().tolist()
 
-
+# %% ../nbs/02_train.ipynb #6c4dedb6
 class Validation:
     "Scores of an emulator on a validation set: the one-step loss, and free rollouts from several starts."
 
@@ -243,7 +244,7 @@ def rollouts(self: Validation, emulator: Emulator) -> dict[str, Tensor]:
     states = rollout(emulator, batch["x"], self.steps, cond=batch["cond"])
     return lead_scores(states, batch["y"], self.climatology)
 
-
+# %% ../nbs/02_train.ipynb #17cac1c6
 @patch
 def baselines(self: Validation) -> dict[str, dict[str, Tensor]]:
     "`lead_scores` of persistence (the start, kept) and of climatology, each (starts, leads)."
@@ -255,14 +256,14 @@ def baselines(self: Validation) -> dict[str, dict[str, Tensor]]:
         "climatology": lead_scores([mean] * self.steps, batch["y"], self.climatology),
     }
 
-
+# %% ../nbs/02_train.ipynb #35a04a62
 @patch
 def __call__(self: Validation, learner: Learner) -> dict[str, float]:
     "What `lab.learner.Validate` asks for."
     scores = {"validation_loss": self.one_step(learner.model)}
     return scores | (summarise(self.rollouts(learner.model)) if can_roll(learner.model) else {})
 
-# %% ../nbs/02_train.ipynb #17cac1c6
+# %% ../nbs/02_train.ipynb #307903e5
 HIGHER = {"rollout_acc", "horizon"}  # of the metrics to monitor, those where more is better
 
 
@@ -274,7 +275,7 @@ def schedule_callbacks(settings: TrainingConfig, monitor: str) -> list[Callback]
     plateau = lab.Plateau(monitor, settings.plateau_factor, settings.plateau_patience, monitor in HIGHER, wait=settings.warmup_epochs)
     return [warmup, plateau, lab.EarlyStop(settings.early_stop_lr_threshold)]
 
-
+# %% ../nbs/02_train.ipynb #fab64446
 def past_one_step(emulator: Emulator, settings: TrainingConfig, batches: Batches, seed: int) -> list[Callback]:
     "Unrolling and input noise, where they are asked for and possible."
     steps = settings.unroll
@@ -307,6 +308,21 @@ def run_callbacks(run: Run, emulator: Emulator, settings: TrainingConfig, monito
 PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast_dtype(
+    precision: str,  # "auto" or a key of `PRECISION`
+    device: torch.device,  # that computes
+) -> torch.dtype | None:  # None is full precision
+    "The precision of the forward pass."
+    if precision != "auto":
+        return PRECISION[precision]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and (has.get("avx512_bf16", False) or has.get("amx_bf16", False))
+    return torch.bfloat16 if fast else None
+
+# %% ../nbs/02_train.ipynb #4a0a87ba
 def fit(
     run: Run,  # open
     emulator: Emulator,  # on the run's device; trained in place
@@ -324,12 +340,12 @@ def fit(
     own += [lab.Validate(validation, settings.validate_every)] + run_callbacks(run, emulator, settings, monitor, prefix)
     learner = Learner(
         emulator, losses, batches, optimizer or build_optimizer(emulator.network, settings), [*own, *callbacks],
-        epochs=settings.epochs, device=run.device, autocast=PRECISION[settings.precision], weights=emulator.network,
+        epochs=settings.epochs, device=run.device, autocast=autocast_dtype(settings.precision, run.device), weights=emulator.network,
     )
     if resume and run.has(f"{prefix}last"):
         learner.load_state(run.load(f"{prefix}last", run.device))
     learner.fit()
-    if learner.stop and learner.position < learner.epochs and not learner.stop.startswith("the learning rate"):
+    if not learner.done:
         raise Stopped(f"stopped by {learner.stop} at epoch {learner.position:.2f} of {learner.epochs}; {run.how_to_resume}")
     return learner
 

@@ -72,7 +72,7 @@ def _plain(value: object) -> object:
     "For JSON: paths become strings, numpy scalars and tensors of one element become numbers."
     return str(value) if isinstance(value, os.PathLike) else value.item()
 
-
+# %% ../../nbs/lab/00_config.ipynb #67486959
 class Section(BaseModel):
     "One section of the config: subclass it with typed fields. Immutable; unknown keys and wrong types raise `LabError`."
 
@@ -227,16 +227,26 @@ class Config:
         self.top = Top.parse(rest)
         self.sections = {name: schema(name).parse(keys, name) for name, keys in tables.items()}
         self.used: set[str] = set()
-        self.notes = ["wandb_id is ignored: a run logs to its own metrics.jsonl"] if self.top.wandb_id else []
+        self.notes = _notes(self.top)
 
-    def __repr__(self) -> str:
-        return f"Config({', '.join(self.sections)})"
 
-    def has(self, name: str) -> bool:
-        "Whether the config has the section."
-        return name in self.sections
+def _notes(top: Top) -> list[str]:
+    "What a reader should know about keys that have no effect."
+    notes = ["wandb_id is ignored: a run logs to its own metrics.jsonl"] if top.wandb_id else []
+    return notes + (["run is ignored: output_dir says where the run is"] if top.run and top.output_dir else [])
 
 # %% ../../nbs/lab/00_config.ipynb #6b1eaeb4
+@patch
+def has(self: Config, name: str) -> bool:
+    "Whether the config has the section."
+    return name in self.sections
+
+
+@patch
+def __repr__(self: Config) -> str:
+    return f"Config({', '.join(self.sections)})"
+
+
 @patch
 def section(
     self: Config,

@@ -85,6 +85,7 @@ class Learner:
         self.lr_factors: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self.stop: str | None = None
+        self.early = False
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
 # %% ../../nbs/lab/03_learner.ipynb #a37b805e
@@ -99,6 +100,12 @@ def call(self: Learner, event: str) -> None:
 def position(self: Learner) -> float:
     "Epochs done, with the fraction of the one under way."
     return self.epoch + self.batch_index / max(len(self.batches), 1)
+
+
+@patch(as_prop=True)
+def done(self: Learner) -> bool:
+    "Whether training is complete: after all epochs, or when a callback found that more are of no use."
+    return self.early or self.epoch >= self.epochs
 
 
 @patch(as_prop=True)
@@ -153,7 +160,7 @@ def _epoch(self: Learner) -> None:
     self.loss_sum.zero_()
     self.call("after_epoch")
 
-
+# %% ../../nbs/lab/03_learner.ipynb #4304f76f
 @patch
 def fit(self: Learner) -> Learner:
     "Train until `epochs` are done or a callback sets `stop`."
@@ -261,22 +268,26 @@ class Plateau(Callback):
         self.wait, self.threshold = wait, threshold
         self.best, self.bad, self.scale = math.inf, 0, 1.0
 
-    def before_fit(self, learner: Learner) -> None:
-        "Show the factor to the learner."
-        learner.lr_factors["plateau"] = self.scale
+# %% ../../nbs/lab/03_learner.ipynb #1aafa2c4
+@patch
+def before_fit(self: Plateau, learner: Learner) -> None:
+    "Show the factor to the learner."
+    learner.lr_factors["plateau"] = self.scale
 
-    def after_epoch(self, learner: Learner) -> None:
-        "Judge the epoch."
-        if self.monitor not in learner.metrics or learner.epoch <= self.wait:
-            return
-        value = self.sign * learner.metrics[self.monitor]
-        if value < self.best - self.threshold * abs(self.best) or (math.isinf(self.best) and math.isfinite(value)):
-            self.best, self.bad = value, 0
-        else:
-            self.bad += 1
-        if self.bad > self.patience:
-            self.scale, self.bad = self.scale * self.factor, 0
-        learner.lr_factors["plateau"] = self.scale
+
+@patch
+def after_epoch(self: Plateau, learner: Learner) -> None:
+    "Judge the epoch."
+    if self.monitor not in learner.metrics or learner.epoch <= self.wait:
+        return
+    value = self.sign * learner.metrics[self.monitor]
+    if value < self.best - self.threshold * abs(self.best) or (math.isinf(self.best) and math.isfinite(value)):
+        self.best, self.bad = value, 0
+    else:
+        self.bad += 1
+    if self.bad > self.patience:
+        self.scale, self.bad = self.scale * self.factor, 0
+    learner.lr_factors["plateau"] = self.scale
 
 # %% ../../nbs/lab/03_learner.ipynb #bb8d1a3f
 @patch
@@ -306,7 +317,7 @@ class Cosine(Callback):
         done = min(max(learner.position - self.wait, 0) / max(learner.epochs - self.wait, 1e-9), 1.0)
         learner.lr_factors["cosine"] = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
 
-
+# %% ../../nbs/lab/03_learner.ipynb #86ae62e8
 class EarlyStop(Callback):
     "Stop when the learning rate has fallen below `threshold`."
 
@@ -319,7 +330,7 @@ class EarlyStop(Callback):
         "Compare; the warm-up's low rates do not count, so its factor is left out."
         factors = [factor for name, factor in learner.lr_factors.items() if name != "warmup"]
         if learner.base_lrs[0] * math.prod(factors) < self.threshold:
-            learner.stop = f"the learning rate is below {self.threshold:g}"
+            learner.stop, learner.early = f"the learning rate is below {self.threshold:g}", True
 
     def before_fit(self, learner: Learner) -> None:
         "A resumed job that had stopped for this stays stopped."
@@ -360,14 +371,18 @@ class EMA(Callback):
         for name in now.keys() - set(moving):
             self.average[name].copy_(now[name])
 
-    def before_validate(self, learner: Learner) -> None:
-        "Put the average in the weights' place."
-        self.weights = {name: value.detach().clone() for name, value in learner.weights.state_dict().items()}
-        learner.weights.load_state_dict(self.average)
+# %% ../../nbs/lab/03_learner.ipynb #07697c66
+@patch
+def before_validate(self: EMA, learner: Learner) -> None:
+    "Put the average in the weights' place."
+    self.weights = {name: value.detach().clone() for name, value in learner.weights.state_dict().items()}
+    learner.weights.load_state_dict(self.average)
 
-    def after_validate(self, learner: Learner) -> None:
-        "Put the weights back."
-        learner.weights.load_state_dict(self.weights)
+
+@patch
+def after_validate(self: EMA, learner: Learner) -> None:
+    "Put the weights back."
+    learner.weights.load_state_dict(self.weights)
 
 # %% ../../nbs/lab/03_learner.ipynb #b358882c
 @patch
@@ -425,16 +440,6 @@ class Log(Callback):
         if self.rewind:
             self.rewind(learner.step, **self.tags)
 
-    def after_batch(self, learner: Learner) -> None:
-        "The loss of this step."
-        if learner.step % self.every == 0:
-            self.log(**self.tags, step=learner.step, epoch=learner.position, batch_loss=learner.loss.item())
-
-    def after_epoch(self, learner: Learner) -> None:
-        "The metrics of the epoch."
-        where = dict(step=learner.step, epoch=learner.epoch)
-        self.log(**self.tags, **where, **learner.metrics, lr=learner.lr, seconds=round(time.monotonic() - self.start, 2))
-
     def state(self) -> dict:
         "The seconds spent."
         return {"seconds": time.monotonic() - self.start}
@@ -442,6 +447,20 @@ class Log(Callback):
     def load_state(self, state: dict) -> None:
         "Take back what `state` gave."
         self.seconds = state["seconds"]
+
+# %% ../../nbs/lab/03_learner.ipynb #d214df18
+@patch
+def after_batch(self: Log, learner: Learner) -> None:
+    "The loss of this step."
+    if learner.step % self.every == 0:
+        self.log(**self.tags, step=learner.step, epoch=learner.position, batch_loss=learner.loss.item())
+
+
+@patch
+def after_epoch(self: Log, learner: Learner) -> None:
+    "The metrics of the epoch."
+    where = dict(step=learner.step, epoch=learner.epoch)
+    self.log(**self.tags, **where, **learner.metrics, lr=learner.lr, seconds=round(time.monotonic() - self.start, 2))
 
 # %% ../../nbs/lab/03_learner.ipynb #2e171f4a
 class Checkpoint(Callback):
@@ -463,16 +482,6 @@ class Checkpoint(Callback):
         self.minutes, self.prefix, self.extra = minutes, prefix, extra
         self.best, self.saved = math.inf, -1
 
-    def write(self, learner: Learner, name: str) -> None:
-        "Save the state of this moment."
-        state = learner.state() | (self.extra() if self.extra else {})
-        for callback in learner.callbacks:
-            if isinstance(callback, EMA):
-                state["ema_state"] = callback.average
-        self.save(self.prefix + name, state)
-        if name == "last":
-            self.saved, self.clock = learner.step, time.monotonic()
-
     def state(self) -> dict:
         "The best value so far."
         return {"best": self.best}
@@ -482,6 +491,18 @@ class Checkpoint(Callback):
         self.best = state["best"]
 
 # %% ../../nbs/lab/03_learner.ipynb #fb7090a5
+@patch
+def write(self: Checkpoint, learner: Learner, name: str) -> None:
+    "Save the state of this moment."
+    state = learner.state() | (self.extra() if self.extra else {})
+    for callback in learner.callbacks:
+        if isinstance(callback, EMA):
+            state["ema_state"] = callback.average
+    self.save(self.prefix + name, state)
+    if name == "last":
+        self.saved, self.clock = learner.step, time.monotonic()
+
+
 @patch
 def before_fit(self: Checkpoint, learner: Learner) -> None:
     "A resumed state is a saved one."
@@ -494,7 +515,7 @@ def after_batch(self: Checkpoint, learner: Learner) -> None:
     if time.monotonic() - self.clock > 60 * self.minutes and learner.batch_index < len(learner.batches):
         self.write(learner, "last")
 
-
+# %% ../../nbs/lab/03_learner.ipynb #6376a873
 @patch
 def after_epoch(self: Checkpoint, learner: Learner) -> None:
     "The best, the one to keep, the last; in this order, so that `last` knows of the best."
@@ -537,7 +558,7 @@ class StopOnSignal(Callback):
         while self.before:
             signal.signal(*self.before.popitem())
 
-
+# %% ../../nbs/lab/03_learner.ipynb #4621c99f
 class WallClock(Callback):
     "Stop after `hours` of this process, early enough that another batch as long as the longest would still fit."
 

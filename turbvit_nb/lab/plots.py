@@ -78,7 +78,7 @@ def _png(figure, dpi: int, colours: int) -> bytes:
     picture.save(small, format="PNG", optimize=True)
     return small.getvalue()
 
-
+# %% ../../nbs/lab/05_plots.ipynb #e1844628
 def png(
     obj,  # any HoloViews object
     limit: int = 60_000,  # bytes
@@ -102,7 +102,7 @@ def show(
     "`obj` as an image for a notebook, at most 60 kB, with its alternative text."
     return Image(data=png(obj, dpi=dpi), format="png", alt=alt)
 
-
+# %% ../../nbs/lab/05_plots.ipynb #a342cce9
 def beside(*figures) -> hv.Layout:
     "Figures side by side, without the letters that HoloViews puts at their corners."
     return hv.Layout(list(figures)).opts(sublabel_format="", tight=True)
@@ -116,7 +116,7 @@ def _marked(marks: Mapping[str, float], height: float) -> list:
         parts.append(hv.Text(x, height, f" {name}", fontsize=8, halign="left", valign="top").opts(color="#666666"))
     return parts
 
-
+# %% ../../nbs/lab/05_plots.ipynb #9ebbf55e
 def curves(
     lines: Mapping[str, tuple],  # name: (x, y)
     xlabel: str,  # with its unit
@@ -190,7 +190,7 @@ def shared_limit(
     values = values[np.isfinite(values)]
     return float(np.quantile(values, quantile)) or 1.0 if len(values) else 1.0
 
-
+# %% ../../nbs/lab/05_plots.ipynb #2b2746ca
 _PI_TICKS = [(0, "0"), (math.pi, "π"), (2 * math.pi, "2π")]
 
 
@@ -213,7 +213,7 @@ def _ticks(named: bool, last: bool) -> list[tuple[float, str]]:
     "Ticks at 0, π and 2π, with their names if `named`; 2π only on the `last` panel, where it has room."
     return [(x, name if named and (last or x < 6) else "") for x, name in _PI_TICKS]
 
-
+# %% ../../nbs/lab/05_plots.ipynb #4b19e8bd
 def field_strip(
     rows: Mapping[str, Sequence[np.ndarray]],  # source: its fields (N, N), one per column
     columns: Sequence[str],  # titles of the columns
@@ -270,7 +270,7 @@ def _cell(value) -> str:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
-
+# %% ../../nbs/lab/05_plots.ipynb #b905dd60
 class Table:
     "Rows of values under common columns, drawn as HTML, Markdown or text."
 

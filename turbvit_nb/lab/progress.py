@@ -58,20 +58,22 @@ class Meter:
         if self.place == "screen":
             self.bar = tqdm(total=total, desc=desc, unit=unit, initial=done, leave=False, file=self.stream, dynamic_ncols=True)
 
-    def update(
-        self,
+# %% ../../nbs/lab/01_progress.ipynb #3cdec77e
+@patch
+def update(
+    self: Meter,
         n: int = 1,  # steps done since the last call
         text: str = "",  # shown behind the count: "loss 0.01"
-    ) -> None:
-        "Count `n` steps."
-        self.done += n
-        if self.bar is not None:
-            if text:
-                self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(n)
-        elif self.place == "log" and time.monotonic() - self.last >= self.every:
-            self.last = time.monotonic()
-            print(self.line(text), file=self.stream, flush=True)
+) -> None:
+    "Count `n` steps."
+    self.done += n
+    if self.bar is not None:
+        if text:
+            self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(n)
+    elif self.place == "log" and time.monotonic() - self.last >= self.every:
+        self.last = time.monotonic()
+        print(self.line(text), file=self.stream, flush=True)
 
 # %% ../../nbs/lab/01_progress.ipynb #2eed2a08
 @patch

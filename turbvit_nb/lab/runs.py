@@ -27,7 +27,7 @@ from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ from .config import Config, LabError, find_config, load_config, read_toml, run_f
 from .progress import note
 
 # %% ../../nbs/lab/02_runs.ipynb #f5fca43d
-_open: dict[Path, "Run"] = {}  # the runs that this process writes
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -51,6 +50,25 @@ def _disk(path: Path) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise LabError(f"no room to write {path} ({error.strerror}); what was there is kept, free some space and resume") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    "Force a rename in `folder` to the disk."
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+# %% ../../nbs/lab/02_runs.ipynb #69969c84
+_open: dict[Path, "Run"] = {}  # the runs that this process writes
+
+
+def _tell(path: Path) -> None:
+    "Let the open run whose folder holds `path` know that its stage has written something."
+    for run in _open.values():
+        if run.path in path.absolute().parents and path.name not in ("config.toml", "status.json"):
+            run.wrote()
 
 
 @contextmanager
@@ -72,22 +90,6 @@ def atomic(
     finally:
         part.unlink(missing_ok=True)
 
-
-def _tell(path: Path) -> None:
-    "Let the open run whose folder holds `path` know that its stage has written something."
-    for run in _open.values():
-        if run.path in path.absolute().parents and path.name not in ("config.toml", "status.json"):
-            run.wrote()
-
-
-def _sync_folder(folder: Path) -> None:
-    "Force a rename in `folder` to the disk."
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
 # %% ../../nbs/lab/02_runs.ipynb #7e06a689
 def _plain_only(value: object, where: str) -> None:
     "Raise `TypeError` naming the first thing in `value` that is no tensor, number, text, list, tuple or dict of such."
@@ -100,7 +102,7 @@ def _plain_only(value: object, where: str) -> None:
     elif type(value) not in (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)):
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
 
-
+# %% ../../nbs/lab/02_runs.ipynb #a153ae3c
 def write_checkpoint(
     path: str | os.PathLike,  # usually ends in .tar
     state: dict,  # tensors and plain values
@@ -112,7 +114,7 @@ def write_checkpoint(
     with atomic(path) as part:
         part.write_bytes(buffer.getbuffer())
 
-
+# %% ../../nbs/lab/02_runs.ipynb #be152ba2
 def read_checkpoint(
     path: str | os.PathLike,  # a file of `write_checkpoint`, or of an earlier project
     device: str | torch.device = "cpu",  # where the tensors go
@@ -130,6 +132,15 @@ def read_checkpoint(
         raise LabError(f"{path} is damaged or is no torch file; delete it and use another checkpoint") from None
 
 # %% ../../nbs/lab/02_runs.ipynb #bd89e808
+def _flock(file: IO, kind: int) -> bool:
+    "Take the lock of an open file if it is free."
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class Lock:
     "An exclusive lock on a folder, held until `release` or the end of the process. Raises `LabError` naming the holder."
 
@@ -149,17 +160,13 @@ class Lock:
 
     def _try(self) -> bool:
         "Take the lock if it is free."
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return _flock(self.file, fcntl.LOCK_EX)
 
     def release(self) -> None:
         "Let go."
         self.file.close()
 
-
+# %% ../../nbs/lab/02_runs.ipynb #78169946
 def locked(
     folder: Path,  # a run folder
 ) -> bool:  # whether some process writes there now
@@ -167,11 +174,7 @@ def locked(
     if not (folder / ".lock").exists():
         return False
     with (folder / ".lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _flock(file, fcntl.LOCK_SH)
 
 # %% ../../nbs/lab/02_runs.ipynb #5508d948
 def seed_everything(seed: int) -> None:
@@ -242,6 +245,11 @@ class Stopped(KeyboardInterrupt):
         return [f"{type(self).__name__}: {self}"]
 
 
+def _now() -> str:
+    "The time as ISO 8601, to the second."
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+# %% ../../nbs/lab/02_runs.ipynb #abcff87e
 class Run:
     "A run folder, open for one stage. Make it with `open_run`."
 
@@ -257,29 +265,27 @@ class Run:
         self.device = resolve_device(config.top.device)
         elsewhere = config.top.checkpoint_dir
         self.checkpoints = run_folder(elsewhere) if elsewhere else path / "checkpoints"
-        self.stage_status = {"state": "running", "started": _now()}
+        before = stages(path).get(stage, {})
+        self.stage_status = {"state": "running", "started": _now()} | {key: before[key] for key in ("wrote", "used") if key in before}
         self._set_state("running", process=os.getpid(), host=socket.gethostname())
 
     def __repr__(self) -> str:
         return f"Run({'scratch' if self.scratch else self.path.name}, stage={self.stage})"
 
-
-def _now() -> str:
-    "The time as ISO 8601, to the second."
-    return datetime.now().astimezone().isoformat(timespec="seconds")
-
+# %% ../../nbs/lab/02_runs.ipynb #50e4941b
 @patch(as_prop=True)
 def how_to_resume(self: Run) -> str:
     "The end of a message about a job that did not end."
     return "a scratch run is not kept, set output_dir to be able to resume" if self.scratch else f"resume with config={self.path}"
 
-# %% ../../nbs/lab/02_runs.ipynb #abcff87e
+# %% ../../nbs/lab/02_runs.ipynb #d183d2e2
 @patch
 def _set_state(self: Run, state: str, **more: Any) -> None:
     "Write the stage's entry of `status.json`."
     file = self.path / "status.json"
     status = json.loads(file.read_text()) if file.exists() else {"stages": {}}
-    self.stage_status |= {"state": state, "used": sorted(self.config.used)} | more
+    used = self.config.used | set(self.stage_status.get("used", []))
+    self.stage_status |= {"state": state, "used": sorted(used)} | more
     status["stages"][self.stage] = self.stage_status
     _write_json(file, status)
 
@@ -306,9 +312,9 @@ def save(
     "Write `checkpoints/<name>.tar`, whole or not at all."
     path = self.checkpoints / f"{name}.tar"
     write_checkpoint(path, state)
-    self.wrote()
-    if self.stage_status["state"] != "running" or self.stage_status["used"] != sorted(self.config.used):
+    if self.stage_status["state"] != "running" or not self.config.used <= set(self.stage_status["used"]):
         self._set_state("running")
+    self.wrote()
     return path
 
 
@@ -354,7 +360,7 @@ def log(
     with _disk(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
         file.write(line)
 
-
+# %% ../../nbs/lab/02_runs.ipynb #588156ee
 @patch
 def metrics(self: Run, stage: str | None = None, **match: Any) -> list[dict]:
     "The logged lines, see `read_metrics`."
@@ -416,7 +422,7 @@ def _after_cell(result: Any) -> None:
     for run in list(_open.values()) if error is not None else []:
         run.interrupted(error)
 
-
+# %% ../../nbs/lab/02_runs.ipynb #d68edc3b
 def _is_message(kind: type) -> bool:
     "Whether an error is a message to the user: all error classes of the package are, those of the physics included."
     return kind.__module__.startswith("turbvit_nb.")
@@ -431,7 +437,7 @@ def _on_error(kind: type, error: BaseException, trace: Any) -> None:
     else:
         sys.__excepthook__(kind, error, trace)
 
-
+# %% ../../nbs/lab/02_runs.ipynb #3ba5a4c5
 def _in_cell(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
     "The same for a cell of a notebook."
     if _is_message(kind):

@@ -97,7 +97,7 @@ def horizon(
     curve = torch.as_tensor(curve).double()
     leads = torch.arange(1, curve.shape[-1] + 1) if leads is None else torch.as_tensor(leads)
     kept = curve <= threshold if above else curve >= threshold
-    first = torch.where(kept, math.inf, leads.double().expand_as(curve))
+    first = torch.where(kept, math.inf, leads.to(curve).expand_as(curve))
     return first.amin(-1)
 
 # %% ../../nbs/physics/03_metrics.ipynb #96691504
@@ -115,7 +115,10 @@ class Moments:
         batch = torch.as_tensor(batch).double()
         part = Moments(self.order)
         part.count, part.mean = len(batch), batch.mean(0)
-        part.sums = {p: ((batch - part.mean) ** p).sum(0) for p in range(2, self.order + 1)}
+        power = anomaly = batch - part.mean
+        for p in range(2, self.order + 1):
+            power = power * anomaly
+            part.sums[p] = power.sum(0)
         return self.merge(part) if part.count else self
 
 # %% ../../nbs/physics/03_metrics.ipynb #2c00a7e7
@@ -277,7 +280,7 @@ def eofs(
         "explained": (variance / variance.sum())[:n],
     }
 
-
+# %% ../../nbs/physics/03_metrics.ipynb #8ce449b3
 def principal_components(
     profiles: Tensor,  # (…, N)
     mean: Tensor,  # (N,), the mean that the EOFs are about
@@ -319,7 +322,7 @@ class BlockMaxima:
     ) -> "BlockMaxima":
         "Take in `values` at `times`; returns itself. A sample on a block's edge opens the next block."
         values = torch.as_tensor(values).double()
-        blocks = (torch.as_tensor(times).double() / self.length + 1e-9).floor().long()
+        blocks = (torch.as_tensor(times).double() / self.length + 1e-9).floor().long().to(values.device)
         for block in blocks.unique().tolist():
             inside = values[blocks == block]
             self._join(block, inside.amax(0), len(inside))

@@ -211,6 +211,11 @@ class Store:
 
     def __len__(self) -> int: return len(self.frames)
 
+    @property
+    def run(self) -> Path:
+        "The folder that names the run, whichever file of it is read: two stores with the same one hold the same frames."
+        return _run_folder(self.path.resolve()) or self.path.resolve()
+
     def __repr__(self) -> str:
         span = f"{self.frames[0]}…{self.frames[-1]}" if len(self) else "none"
         return f"{type(self).__name__}({self.regime.path()}, {len(self)} frames: {span})"
@@ -285,10 +290,15 @@ def times(self: TreeStore) -> np.ndarray:  # (n,)
 
 # %% ../../nbs/physics/01_py2d.ipynb #fe36a2e8
 def _write_whole(path: Path, data: bytes):
-    "Write a small file so that it is there whole or not at all."
+    "Write a small file so that it is there whole or not at all. A disk that is full or read-only costs one line."
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        if part.exists(): part.unlink()
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); make room or choose another folder, and run again") from None
 
 def _mat(**variables) -> bytes:
     savemat(out := BytesIO(), variables)
@@ -304,7 +314,6 @@ class TreeWriter:
     "Writes frames as Py2D does, under `root/<path of the regime>`; resumes after the last frame found there."
     def __init__(self, root: str | os.PathLike, regime: Regime):
         self.regime, self.path = regime, Path(root)/regime.path()
-        for name in ("data", "IC"): (self.path/name).mkdir(parents=True, exist_ok=True)
         _write_whole(self.path/"parameters.txt", _parameters(regime).encode())
         stems = [p.stem for p in (self.path/"data").glob("*.mat")]
         self.last = max((int(s) for s in stems if s.isdecimal()), default=0)
@@ -497,8 +506,10 @@ class PackedWriter:
         self.path, self.regime, self.room, self.dtype = Path(path), regime, n_frames, np.dtype(dtype)
         if self.path.exists(): raise StoreError(f"{self.path}: is there already, and whole; remove it or write to another file")
         self.part = self.path.with_name(self.path.name + ".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.part.exists(): _lay_out(self.part, regime, n_frames, self.dtype)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.part.exists(): _lay_out(self.part, regime, n_frames, self.dtype)
+        except OSError as error: raise StoreError(f"{self.path}: cannot be written ({error.strerror}); name another target") from None
         with _open_hdf5(self.part) as file:
             omega, stored = file["omega"], _stored_regime(file.attrs)
             if (stored, len(omega), omega.dtype) != (regime, n_frames, self.dtype):
@@ -624,8 +635,8 @@ def find_runs(
     if not root.exists(): raise StoreError(f"{root}: no such file or folder")
     if root.is_file() or _run_folder(root) or (root/PACKED).is_file(): return [root]
     levels = ("Re*_fkx*fky*", "*", "NX*", "dt*_IC*")
-    for start in range(4):
-        runs = [p for p in root.glob("/".join(levels[start:])) if (p/"data").is_dir() or (p/PACKED).is_file()]
+    for pattern in ("/".join(("results",) * (i < 0) + levels[max(i, 0):]) for i in (-1, 0, 1, 2, 3)):
+        runs = [p for p in root.glob(pattern) if (p/"data").is_dir() or (p/PACKED).is_file()]
         if runs: return sorted(runs, key=_run_order)
     if (root/"data").is_dir(): return [root]  # a run, if its name did not hide which
     raise StoreError(f"{root}: holds no Py2D run (…/Re…_fkx…fky…_r…_b…/SGS/NX…/dt…_IC…)")

@@ -32,6 +32,7 @@ class Grid:
         self.weights = torch.full_like(self.ky, 2.0)
         self.weights[0, 0] = self.weights[0, -1] = 1
         self.inside = (self.kx > -NX // 2) & (self.ky < NX // 2)
+        self.inverse_k2 = torch.where(self.inside & (self.k2 > 0), 1 / self.k2.clamp(min=1), 0)
 
     def __repr__(self) -> str: return f"Grid(NX={self.NX}, device='{self.device}', dtype={self.dtype})"
 
@@ -97,12 +98,6 @@ def laplacian(
     return self.inverse(-self.k2 * self.transform(f))
 
 # %% ../../nbs/physics/00_spectral.ipynb #def86f67
-@patch(as_prop=True)
-def inverse_k2(self: Grid) -> torch.Tensor:
-    "1/k² (N, N//2+1), zero for the mean and the Nyquist modes: ψ̂ = ω̂/k²."
-    return torch.where(self.inside & (self.k2 > 0), 1 / self.k2.clamp(min=1), 0)
-
-
 def _in_pieces(
     function,  # Maps (n, …, N, N) to (n, …), item by item
     f: torch.Tensor,  # Real fields (…, N, N)
