@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 from typer.testing import CliRunner
 
 from turbvit_nb.cli import app
@@ -193,6 +194,9 @@ def test_mistake_in_a_tree_is_named_with_its_path(place, tmp_path):
     result = on_own_data(place, tree)
     assert result.exit_code == 1 and "7.mat" in result.output.splitlines()[-1] and "Traceback" not in result.output
     assert (place / "runs/own/02_train.failed.ipynb").exists() and not (place / "runs/own/02_train.ipynb").exists()
+    savemat(frame, {"Omega": np.full((16, 16), np.nan), "time": 0.7})
+    result = on_own_data(place, tree, "nan")
+    assert result.exit_code == 1 and "7.mat" in result.output.splitlines()[-1] and "Traceback" not in result.output
     frame.write_bytes(whole)
     odd = tree.rename(tree.with_name("run_one"))
     one_line(on_own_data(place, odd, "odd"), "run_one", "name does not say which flow")
@@ -248,6 +252,12 @@ def test_existing_run_is_not_overwritten(place, straight):
     before = (straight / "status.json").read_bytes()
     one_line(turbvit("run", place / "02_train.ipynb", place / "straight.toml"), "already holds stage train (done)", "resume")
     assert (straight / "status.json").read_bytes() == before
+
+
+def test_checkpoint_of_another_model_is_refused(place, straight):
+    toml, best = config(place, "mistake"), straight / "checkpoints/best.tar"
+    result = turbvit("run", place / "02_train.ipynb", toml, "--set", f"checkpoint_file={best}", "--set", "model.embed_dim=32")
+    one_line(result, "best.tar does not fit the model: embed_dim is 16 there and 32 in [model]")
 
 
 def test_run_of_another_process_is_left_alone(place, straight):

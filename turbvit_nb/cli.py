@@ -125,15 +125,19 @@ def check_data(
     check_disjoint(*opened.values())
 
 
-def check_checkpoint(settings: "Config", folder: Path) -> None:
-    "Open the checkpoint that a config starts from, if it names one."
-    from turbvit_nb.lab.config import run_folder
-    from turbvit_nb.model import load_emulator
+def check_checkpoint(settings: "Config") -> None:
+    "Open the checkpoint that a config starts from, if it names a file: it must hold a model, and that of [model]."
+    from turbvit_nb.lab.config import LabError, run_folder
+    from turbvit_nb.model import NetworkConfig, load_emulator
 
     named = settings.top.checkpoint_file
     places = [Path(named).expanduser(), run_folder(named)] if named else []
     for path in [place for place in places if place.is_file()][:1]:
-        load_emulator(path)
+        there = load_emulator(path).network.config
+        here = settings.section("model").model_dump() if settings.has("model") else there
+        for key in NetworkConfig.model_fields:
+            if there[key] != here[key] and key not in ("dropout", "legacy_token_layout"):
+                raise LabError(f"checkpoint_file = {named} does not fit the model: {key} is {there[key]} there and {here[key]} in [model]")
 
 # %% ../nbs/cli.ipynb #ecbfcf38
 def _job(chapter: str, config: str | Path, overrides: Iterable[str] = (), parameters: dict | None = None) -> Path:
@@ -144,7 +148,7 @@ def _job(chapter: str, config: str | Path, overrides: Iterable[str] = (), parame
     found.check(parameters or {})
     folder, settings = plan_job(found, config, overrides)
     check_data(settings)
-    check_checkpoint(settings, folder)
+    check_checkpoint(settings)
     console.print(f"[bold]{found.name}[/] in {escape(nice(folder))}")
     start = time.monotonic()
     try:

@@ -206,7 +206,8 @@ def start_data(
     for name in ("test_dataset", "validation_dataset", "dataset"):
         if run.config.has(name):
             ensure_data(run.config)
-            return open_dataset(run.config.section(name), fields, num_frames, name)
+            few = run.config.section(name).model_copy(update={"mode": "read"})  # a rollout needs its first frames only
+            return open_dataset(few, fields, num_frames, name)
     raise LabError(f"{run.config.path} has no [test_dataset] and no [validation_dataset] to start rollouts from")
 
 
@@ -292,6 +293,8 @@ def save(self: Forecast, state: str) -> None:
         writer.flush()
         if not ended:
             writer.describe(state, self.step)
+    if self.step % self.emulator.out_frames:
+        return
     with atomic(self.folder / "restart.npz") as path:
         np.savez(path, x=self.x.cpu().numpy(), step=self.step, ended=self.ended, identity=self.identity)
 

@@ -95,7 +95,7 @@ class Record:
     @property
     def step(self) -> float:
         "Time units between frames."
-        return float(self.times[1] - self.times[0]) if len(self) > 1 else math.nan
+        return float(f"{(self.times[-1] - self.times[0]) / (len(self) - 1):.9g}") if len(self) > 1 else math.nan
 
     def first(self, n: int | None) -> "Record":
         "The record cut to its first `n` frames."
