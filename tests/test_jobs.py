@@ -14,7 +14,7 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 from turbvit_nb.cli import app
-from turbvit_nb.lab.config import load_config
+from turbvit_nb.lab.jobs import chapters
 from turbvit_nb.lab.runs import Lock, read_checkpoint, read_metrics, stages
 
 CONFIG = """
@@ -122,6 +122,13 @@ def test_bare_command_explains_itself():
 def test_help_is_quick_because_nothing_heavy_is_imported():
     code = "import sys, turbvit_nb.cli; print([m for m in ('torch', 'papermill', 'numpy', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_chapter_can_be_run_by_papermill():
+    assert len(chapters()) >= 7
+    for chapter in chapters():
+        chapter.check(["config", "overrides"])
+        assert nbformat.read(chapter.path, 4).metadata["kernelspec"]["name"] == "python3", f"{chapter.path} names no kernel"
 
 
 # ------------------------------------------------------------------------------------------------- mistakes, refused before any kernel

@@ -42,6 +42,7 @@ WELCOME = """[bold]turbvit[/] trains, prunes and judges emulators of two-dimensi
 The chapters are the notebooks nbs/00_model.ipynb, 01_datasets.ipynb, …: open one to learn what it does.
 [dim]turbvit COMMAND --help says more on each command.[/]"""
 
+# %% ../nbs/cli.ipynb #27eec82a
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() else 160)
 
@@ -60,7 +61,7 @@ def _ours(error: ValueError) -> bool:
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return isinstance(error, LabError) or type(error).__module__.startswith("turbvit_nb.") or raised_in.is_relative_to(Path(turbvit_nb.__file__).parent)
 
-
+# %% ../nbs/cli.ipynb #ae9b9a2e
 def tells(
     command: Callable,  # a command of the app
 ) -> Callable:  # the same, ending with one line
@@ -124,7 +125,7 @@ def check_data(
             raise LabError(f"model.img_size = {model.img_size}, but the frames of [{name}] are {opened[name].NX}²")
     check_disjoint(*opened.values())
 
-
+# %% ../nbs/cli.ipynb #4ccb5012
 def check_checkpoint(settings: "Config") -> None:
     "Open the checkpoint that a config starts from, if it names a file: it must hold a model, and that of [model]."
     from turbvit_nb.lab.config import LabError, run_folder
@@ -161,13 +162,13 @@ def _job(chapter: str, config: str | Path, overrides: Iterable[str] = (), parame
     console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s: {escape(nice(report.done))} and .html")
     return folder
 
-
+# %% ../nbs/cli.ipynb #25ba4387
 def nice(path: Path) -> str:
     "The path relative to the working directory where it is below it."
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
-# %% ../nbs/cli.ipynb #25ba4387
+# %% ../nbs/cli.ipynb #8912052c
 @app.command()
 @tells
 def run(
@@ -179,7 +180,7 @@ def run(
     "Run a chapter as a job; the executed notebook goes to the run folder.\n\nExit codes: 0 done, 1 failed, 75 stopped by its wall-clock limit, 130 Ctrl-C, 138 kernel killed, 143 SIGTERM. After 75 to 143: turbvit resume."
     _job(chapter, config, set, _parameters(parameter))
 
-
+# %% ../nbs/cli.ipynb #2d11041a
 @app.command()
 @tells
 def resume(
@@ -205,7 +206,7 @@ def _figures(values: dict) -> str:
     numbers = [f"{k} {v:.4g}" for k, v in flat if type(v) in (int, float)]
     return ", ".join(numbers[:4])
 
-
+# %% ../nbs/cli.ipynb #16282093
 def status_rows(
     folders: Iterable[Path],  # run folders
 ) -> list[tuple[str, str, str, str, str]]:  # run, stage, state, since, last figures or the error
@@ -258,7 +259,7 @@ def generate(
 
     console.print(f"data in {escape(nice(ensure_data(settings)))}")
 
-
+# %% ../nbs/cli.ipynb #3f1e817f
 @app.command()
 @tells
 def pack(
@@ -309,7 +310,7 @@ DEMO = [  # config, chapter, what it does
     ("vit", "07_compare", "all of them side by side"),
 ]
 
-
+# %% ../nbs/cli.ipynb #3fe544d7
 def demo_job(config: Path, chapter: str) -> bool:
     "Run one job of the demo, from its config or from where it was stopped; False when it was done before."
     from turbvit_nb.lab.config import load_config, run_folder
@@ -327,7 +328,7 @@ def demo_job(config: Path, chapter: str) -> bool:
         raise JobError(f"{error}; turbvit demo goes on from here", error.code) if error.code != 1 else error
     return True
 
-
+# %% ../nbs/cli.ipynb #38e01402
 def check_unchanged(config: Path, folder: Path) -> None:
     "Refuse to mix results of two versions of the demo's config."
     from turbvit_nb.lab.config import LabError, load_config
@@ -339,7 +340,7 @@ def check_unchanged(config: Path, folder: Path) -> None:
     if changed:
         raise LabError(f"{nice(folder)} was made with another {changed[0]} than {nice(config)} says; start over with turbvit demo --fresh")
 
-# %% ../nbs/cli.ipynb #3fe544d7
+# %% ../nbs/cli.ipynb #62200080
 def demo_data(config: Path) -> bool:
     "Generate the data of the demo; False when it was there."
     from turbvit_nb.datasets import ensure_data
@@ -350,7 +351,7 @@ def demo_data(config: Path) -> bool:
     ensure_data(settings)
     return new
 
-
+# %% ../nbs/cli.ipynb #d4697a91
 def clear_demo(configs: Path) -> None:
     "Remove the runs of the demo; the data is kept, for the seed fixes it."
     from turbvit_nb.lab.config import load_config, run_folder
@@ -387,7 +388,7 @@ def demo_gif(folder: Path) -> bool:
     run_gif(folder, target, {name: title_of(name) for name in (names[0], names[-1])})
     return True
 
-
+# %% ../nbs/cli.ipynb #0f8ecd08
 def demo_rows(
     folders: dict[str, Path],  # "vit", "control", "unet": run folder
 ) -> list[tuple[str, dict]]:  # name of the forecast and its figures
@@ -400,7 +401,7 @@ def demo_rows(
     rows.append(("UNet, dense", summary_row(unet["best"])))
     return [*rows, ("persistence", summary_row(vit["best"], "persistence"))]
 
-
+# %% ../nbs/cli.ipynb #a0440f4a
 def demo_table(configs: Path) -> Table:
     "The last word of the demo."
     from turbvit_nb.lab.config import load_config, run_folder

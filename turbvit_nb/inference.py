@@ -130,13 +130,17 @@ class Rollout:
         self.first = [int(file.stem) for file in files]
         self.chunks = [np.load(file, mmap_mode="r") for file in files]
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __repr__(self) -> str:
-        return f"Rollout({self.path.parent.name}/{self.path.name}: steps {self.steps[0]} to {self.steps[-1]}, {self.state})"
-
 # %% ../nbs/04_inference.ipynb #b22bf678
+@patch
+def __len__(self: Rollout) -> int:
+    return len(self.steps)
+
+
+@patch
+def __repr__(self: Rollout) -> str:
+    return f"Rollout({self.path.parent.name}/{self.path.name}: steps {self.steps[0]} to {self.steps[-1]}, {self.state})"
+
+
 @patch(as_prop=True)
 def state(self: Rollout) -> str:
     "`running`, `done`, `blown up`; `unknown` without a rollout.json."
@@ -176,7 +180,7 @@ def read(
         out[chunk == c] = self.chunks[c][where[chunk == c] - starts[c]]
     return out.swapaxes(-1, -2) if self.header["axes"][-2:] == ["y", "x"] else out
 
-
+# %% ../nbs/04_inference.ipynb #839a7ef5
 def open_rollout(
     path: str | Path,  # folder of the chunks
     step: float | None = None,  # time units per step, where the folder does not say
@@ -210,7 +214,7 @@ def start_data(
             return open_dataset(few, fields, num_frames, name)
     raise LabError(f"{run.config.path} has no [test_dataset] and no [validation_dataset] to start rollouts from")
 
-
+# %% ../nbs/04_inference.ipynb #b4f670ec
 def choose_starts(
     dataset: FrameDataset,
     settings: InferenceConfig,
@@ -298,7 +302,7 @@ def save(self: Forecast, state: str) -> None:
     with atomic(self.folder / "restart.npz") as path:
         np.savez(path, x=self.x.cpu().numpy(), step=self.step, ended=self.ended, identity=self.identity)
 
-
+# %% ../nbs/04_inference.ipynb #11efb4b4
 @patch
 def restore(self: Forecast) -> None:
     "Go back to the last whole chunk, if there is one of the same rollouts; otherwise clear what is there."
@@ -391,7 +395,26 @@ def _sheet(
         draw.text((x, y), text, fill=0, font=font, anchor=anchor)
     return (colours + (255 - np.asarray(paper)) // 16).astype(np.uint8)
 
+# %% ../nbs/04_inference.ipynb #5bec79fe
+_GAP, _EDGE = 8, 24  # pixels between panels, and above and below them
 
+
+def _background(
+    labels: Sequence[str],  # of the panels
+    limit: float,
+    size: int,  # of a panel
+    colours: int,
+) -> np.ndarray:  # uint8 (height, width)
+    "All that does not move: labels and the colour bar."
+    bar = len(labels) * (size + _GAP) + _GAP  # where the colour bar begins
+    names = [(_GAP + i * (size + _GAP) + size / 2, _EDGE / 2, name, "mm") for i, name in enumerate(labels)]
+    heights = {f"{limit:.0f}": 4, "0": size / 2, f"−{limit:.0f}": size - 4, "ω": size + _EDGE / 2}
+    ticks = [(bar + (0 if text == "ω" else 14), _EDGE + y, text, "lm") for text, y in heights.items()]
+    sheet = _sheet(bar + 46, size + 2 * _EDGE, names + ticks, colours)
+    sheet[_EDGE : _EDGE + size, bar : bar + 10] = np.linspace(colours - 0.5, 0, size).astype(np.uint8)[:, None]
+    return sheet
+
+# %% ../nbs/04_inference.ipynb #bfa3f2d7
 def _frames(
     panels: Mapping[str, np.ndarray],  # label: vorticity (steps, N, N)
     times: Sequence[float],  # (steps,)
@@ -400,19 +423,13 @@ def _frames(
     colours: int,
 ) -> Iterator[Image.Image]:
     "The pictures of `make_gif`."
-    gap, top, bottom, n = 8, 24, 24, len(panels)
-    width, height = n * (size + gap) + gap + 46, top + size + bottom
     fields = [_indices(omega, size, limit, colours) for omega in panels.values()]
-    names = [(gap + i * (size + gap) + size / 2, top / 2, name, "mm") for i, name in enumerate(panels)]
-    bar = n * (size + gap) + gap
-    ticks = [(bar + 14, top + 4, f"{limit:.0f}", "lm"), (bar + 14, top + size / 2, "0", "lm"), (bar + 14, top + size - 4, f"−{limit:.0f}", "lm")]
-    sheet = _sheet(width, height, [*names, *ticks, (bar, top + size + bottom / 2, "ω", "lm")], colours)
-    sheet[top : top + size, bar : bar + 10] = np.linspace(colours - 0.5, 0, size).astype(np.uint8)[:, None]
+    sheet, width = _background(list(panels), limit, size, colours), len(panels) * (size + _GAP)
     for i, t in enumerate(times):
         picture = sheet.copy()
-        picture[top + size :, :bar] = _sheet(bar, bottom, [(gap, bottom / 2, f"t = {t:.2f}", "lm")], colours)
+        picture[_EDGE + size :, :width] = _sheet(width, _EDGE, [(_GAP, _EDGE / 2, f"t = {t:.2f}", "lm")], colours)
         for p, field in enumerate(fields):
-            picture[top : top + size, gap + p * (size + gap) : (p + 1) * (size + gap)] = field[i]
+            picture[_EDGE : _EDGE + size, _GAP + p * (size + _GAP) : (p + 1) * (size + _GAP)] = field[i]
         image = Image.fromarray(picture, "P")
         image.putpalette(_palette(colours))
         yield image
@@ -456,7 +473,7 @@ def _header(
     layout = {"fields": ["u", "v"], "axes": ["step", "field", "x", "y"], "dtype": "float32"}
     return name, layout | {"step": dataset.step, "save_every": settings.save_every, "regime": str(store.regime.path()), "start": start, "source": source}
 
-
+# %% ../nbs/04_inference.ipynb #2762a539
 def _check_fit(emulator: Emulator, dataset: FrameDataset, checkpoint: Path) -> None:
     "The emulator and the data must mean the same step and grid."
     if not math.isclose(emulator.step, dataset.step, rel_tol=1e-6):
