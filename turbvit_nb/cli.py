@@ -303,10 +303,14 @@ DEMO = [  # config, chapter, what it does
     ("vit", "03_prune", "prune it in three stages"),
     ("unet", "02_train", "train a UNet to compare with"),
     ("vit", "04_inference", "roll out, dense and pruned"),
+    ("control", "04_inference", "roll out the control"),
+    ("unet", "04_inference", "roll out the UNet"),
     ("vit", "05_short_analysis", "short leads"),
     ("control", "05_short_analysis", "short leads of the control"),
     ("unet", "05_short_analysis", "short leads of the UNet"),
     ("vit", "06_long_analysis", "the climate of the rollouts"),
+    ("control", "06_long_analysis", "the climate of the control"),
+    ("unet", "06_long_analysis", "the climate of the UNet"),
     ("vit", "07_compare", "all of them side by side"),
 ]
 

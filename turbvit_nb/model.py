@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEATURES', 'NETWORKS', 'LEGACY', 'NetworkConfig', 'ModelConfig', 'condition_features', 'ViT', 'ReViT',
            'EncoderDecoderViT', 'UNet', 'create_model', 'Normaliser', 'Emulator', 'create_emulator', 'losses',
-           'rollout', 'emulator_state', 'plain_weights', 'emulator_from_state', 'load_emulator', 'load_legacy', 'Card',
-           'card']
+           'rollout', 'emulator_state', 'plain_weights', 'load_weights', 'emulator_from_state', 'load_emulator',
+           'load_legacy', 'Card', 'card']
 
 # %% ../nbs/00_model.ipynb #8302094e
 import inspect
@@ -80,6 +80,7 @@ class ModelConfig(NetworkConfig):
     fields: list[str] = ["u", "v"]  # what a frame holds
     target: Literal["increment", "absolute"] = "increment"  # the network predicts the change, or the new state
     project: bool = True  # make predicted velocities divergence-free; true for u, v unless said otherwise
+    cutoff: float = Field(2 / 3, gt=0, le=1.5)  # with project: predict waves up to this fraction of the shortest, |k| ≤ cutoff·N/2; 1.5 keeps all
 
     @model_validator(mode="before")
     @classmethod
@@ -87,7 +88,8 @@ class ModelConfig(NetworkConfig):
         fields = keys.get("fields", ["u", "v"])
         depth = {"depth": 2} if keys.get("model_type") == "UNet" else {}
         in_chans = {"in_chans": len(fields)} if isinstance(fields, list) else {}
-        return {"project": fields == ["u", "v"]} | in_chans | depth | keys
+        project = keys.get("project", fields == ["u", "v"])
+        return {"project": project, "cutoff": 2 / 3 if project else 1.5} | in_chans | depth | keys
 
     @model_validator(mode="after")
     def _combinations(self):
@@ -97,6 +99,8 @@ class ModelConfig(NetworkConfig):
             raise ValueError(f"in_chans = {self.in_chans}, but there are {len(self.fields)} fields: {', '.join(self.fields)}")
         if self.project and self.fields != ["u", "v"]:
             raise ValueError(f"project = true needs the fields u, v, not {', '.join(self.fields)}")
+        if self.cutoff < 1.5 and not self.project:
+            raise ValueError(f"cutoff = {self.cutoff:g} needs project = true")
         if self.project and self.img_size % 2:
             raise ValueError(f"project = true needs an even img_size, not {self.img_size}")
         if self.num_out_frames > 1 and self.model_type != "EncoderDecoderViT":
@@ -368,6 +372,7 @@ class Emulator(nn.Module):
         input_step: float | None = None,  # time units between input frames; `step` if not given
         target: str = "increment",  # or "absolute"
         project: bool = False,  # whether to make the output divergence-free; fields u, v only
+        cutoff: float = 1.5,  # with `project`: waves kept, as a fraction of N/2; all of them from √2 on
         num_frames: int = 1,  # input frames T
         out_frames: int = 1,  # output frames T′
     ):
@@ -376,7 +381,7 @@ class Emulator(nn.Module):
             raise LabError(f"the normaliser has statistics of {len(normaliser.mean)} fields, the emulator has {len(fields)}: {', '.join(fields)}")
         self.network, self.normaliser, self.fields = network, normaliser, tuple(fields)
         self.step, self.input_step = step, step if input_step is None else input_step
-        self.target, self.project, self.num_frames, self.out_frames = target, project, num_frames, out_frames
+        self.target, self.project, self.cutoff, self.num_frames, self.out_frames = target, project, cutoff, num_frames, out_frames
 
 # %% ../nbs/00_model.ipynb #bdc91017
 @patch
@@ -384,7 +389,8 @@ def projected(self: Emulator, z: Tensor) -> Tensor:
     "Normalised velocities (B, 2, T, N, N) without divergence and mean; the transforms run in full precision under autocast."
     with torch.autocast(z.device.type, enabled=False):
         uv = self.normaliser.denormalise(z.float() if z.dtype.itemsize < 4 else z).transpose(1, 2)
-        return self.normaliser.normalise(grid(uv.shape[-1], uv.device, uv.dtype).project(uv).transpose(1, 2))
+        kept = self.cutoff * uv.shape[-1] / 2 if self.cutoff < 2**0.5 else None
+        return self.normaliser.normalise(grid(uv.shape[-1], uv.device, uv.dtype).project(uv, kept).transpose(1, 2))
 
 
 @patch
@@ -425,7 +431,7 @@ def create_emulator(
 ) -> Emulator:  # untrained
     "The emulator that a `[model]` section describes."
     network = create_model(**config.model_dump())
-    chosen = dict(fields=tuple(config.fields), target=config.target, project=config.project)
+    chosen = dict(fields=tuple(config.fields), target=config.target, project=config.project, cutoff=config.cutoff)
     return Emulator(network, normaliser, num_frames=config.num_frames, out_frames=config.num_out_frames, **chosen, **settings)
 
 # %% ../nbs/00_model.ipynb #642c2f11
@@ -492,7 +498,7 @@ def emulator_state(
     emulator: Emulator,  # whose network came from `create_model`
 ) -> dict[str, Any]:  # model_state, model and emulator
     "Everything that `emulator_from_state` needs, as tensors and plain values."
-    plain = ("step", "input_step", "target", "project", "num_frames", "out_frames")
+    plain = ("step", "input_step", "target", "project", "cutoff", "num_frames", "out_frames")
     settings = {"fields": list(emulator.fields)} | {name: getattr(emulator, name) for name in plain}
     statistics = {name: value.detach().clone() for name, value in emulator.normaliser.named_buffers()}
     return {"model_state": emulator.network.state_dict(), "model": emulator.network.config, "emulator": settings | statistics}
@@ -507,7 +513,7 @@ def plain_weights(
     return {key: value for key, value in state.items() if not key.endswith(("_orig", "_mask"))} | masked
 
 
-def _load_weights(
+def load_weights(
     network: nn.Module,  # to load into
     state: dict[str, Tensor],  # its weights
     source: str,  # for messages
@@ -532,7 +538,7 @@ def emulator_from_state(
         raise LabError(f"{source} has no {missing[0]!r}: it was not written by this project")
     with torch.random.fork_rng(devices=[]):
         network = create_model(**state["model"])
-    _load_weights(network, state.get("ema_state") or state["model_state"], source)
+    load_weights(network, state.get("ema_state") or state["model_state"], source)
     settings = dict(state["emulator"])
     normaliser = Normaliser(*(settings.pop(name) for name in ("mean", "std", "increment_std")))
     return Emulator(network, normaliser, **settings)
@@ -551,7 +557,7 @@ def load_emulator(
     return emulator.to(device).eval()
 
 # %% ../nbs/00_model.ipynb #649ef887
-LEGACY = {"legacy_token_layout": True, "target": "absolute", "project": False, "conditions": ["Re"], "patch_recovery": "subpixel_conv"}
+LEGACY = {"legacy_token_layout": True, "target": "absolute", "project": False, "cutoff": 1.5, "conditions": ["Re"], "patch_recovery": "subpixel_conv"}
 
 
 def load_legacy(
@@ -562,7 +568,7 @@ def load_legacy(
     state = read_checkpoint(path)
     with torch.random.fork_rng(devices=[]):
         network = create_model(**config | LEGACY)
-    return _load_weights(network, state["model_state"], str(path)).eval()
+    return load_weights(network, state["model_state"], str(path)).eval()
 
 # %% ../nbs/00_model.ipynb #d6c24796
 def _statistics(section: Section) -> Normaliser:

@@ -22,7 +22,7 @@ from .lab.config import Section
 from .lab.learner import Callback, Learner
 from .lab.progress import note
 from .lab.runs import Run, Stopped
-from .model import Emulator, create_emulator, emulator_state, load_emulator, losses, rollout
+from .model import Emulator, create_emulator, emulator_state, load_emulator, load_weights, losses, rollout
 from .physics.metrics import acc, horizon, rmse, vrmse
 
 # %% ../nbs/02_train.ipynb #41445571
@@ -81,7 +81,8 @@ def build_emulator(
     "The emulator of the [model] section; with `checkpoint_file`, its weights are the start."
     emulator = create_emulator(run.config.section("model"), statistics(dataset), step=dataset.step, input_step=dataset.input_step)
     if run.config.top.checkpoint_file:
-        emulator.network.load_state_dict(load_emulator(run.start_checkpoint()).network.state_dict())
+        start = run.start_checkpoint()
+        load_weights(emulator.network, load_emulator(start).network.state_dict(), str(start))
     return emulator.to(run.device)
 
 

@@ -33,7 +33,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 from .config import Config as Settings
 from .config import LabError, find_config, hint, root
-from .runs import Lock, _enter, atomic, stages
+from .runs import Lock, plan_run, atomic, stages
 
 # %% ../../nbs/lab/04_jobs.ipynb #a05f886a
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def plan_job(
     overrides: Iterable[str] = (),  # "training.epochs=3", …
 ) -> tuple[Path, Settings]:  # the run folder, and the config that will hold there
     "Check the config and the run folder. Raises `LabError`."
-    folder, settings = _enter(find_config(config), chapter.stage, overrides)
+    folder, settings = plan_run(find_config(config), chapter.stage, overrides)
     if folder is None:
         raise LabError(f"{config} names no output_dir, so there is no folder for the report; add one, or give --set output_dir=runs/name")
     if folder.exists():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic', 'write_checkpoint', 'read_checkpoint', 'Lock', 'locked', 'seed_everything', 'resolve_device', 'stages',
-           'read_metrics', 'Stopped', 'Run', 'open_run']
+           'read_metrics', 'Stopped', 'Run', 'plan_run', 'open_run']
 
 # %% ../../nbs/lab/02_runs.ipynb #ecd4caed
 import atexit
@@ -498,7 +498,7 @@ def _merge(
     return both
 
 # %% ../../nbs/lab/02_runs.ipynb #722a3d06
-def _enter(
+def plan_run(
     path: Path,  # a TOML file or a run folder
     stage: str,  # about to begin
     overrides: Iterable[str],  # "section.key=value"
@@ -526,7 +526,7 @@ def open_run(
     overrides: Iterable[str] = (),  # "section.key=value"
 ) -> Run:  # open, locked, seeded
     "Open a run for a stage. Raises `LabError` for any mistake in the config, and when another process writes the folder."
-    folder, settings = _enter(find_config(config), stage, overrides)
+    folder, settings = plan_run(find_config(config), stage, overrides)
     device = resolve_device(settings.top.device)  # noqa: F841  a mistake must show before the folder is made
     scratch = folder is None
     folder = Path(tempfile.mkdtemp(prefix="turbvit-")) if scratch else folder

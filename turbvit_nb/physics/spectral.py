@@ -173,11 +173,13 @@ def divergence(
 def project(
     self: Grid,
     uv: torch.Tensor,  # Velocity (…, 2, N, N)
+    cutoff: float | None = None,  # Keep the modes with |k| ≤ cutoff; default: all
 ) -> torch.Tensor:
     "The divergence-free field of zero mean (…, 2, N, N) nearest to `uv` (Leray's projection); Nyquist modes are dropped."
+    keep = self._from_vorticity if cutoff is None else _kept(self, f"_below_{cutoff}", lambda: self._from_vorticity * (self.k2 <= cutoff**2))
     def leray(w):
         omega_hat = (self.transform(w) * self._to_vorticity).sum(-3, keepdim=True)
-        return self.inverse(omega_hat * self._from_vorticity)
+        return self.inverse(omega_hat * keep)
     return _in_pieces(leray, uv, 3)
 
 # %% ../../nbs/physics/00_spectral.ipynb #4e2b1a5d
