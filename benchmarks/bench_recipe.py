@@ -62,25 +62,24 @@ rollout_starts = 16
 """
 OFF = ["training.unroll=1", "training.augment=false", "model.project=false", "training.input_noise=0.0"]
 SMALL = ["model.patch_size=8", "model.embed_dim=192", "model.num_heads=6"]
-VARIANTS = {  # name: overrides
+EIGHT = [*SMALL, "training.batch_size=8", "training.lr=2e-3"]
+VARIANTS = {  # name: overrides; each of the first eight adds one thing to the one before, "noise" aside
     "legacy": [*OFF, "model.target=absolute", "model.legacy_token_layout=true"],
-    "absolute": [*OFF, "model.target=absolute"],
     "increment": OFF,
     "noise": [*OFF[:-1], "training.input_noise=0.05"],
     "unrolled": OFF[1:],
-    "projected": [OFF[1]],
+    "projected": [OFF[1], "model.cutoff=1.5"],
+    "cutoff": [OFF[1]],
     "symmetries": [],
     "patch8": SMALL,
     "batch8": [*SMALL, "training.batch_size=8"],
-    "noisy8": [*SMALL, "training.batch_size=8", "training.input_noise=0.02"],
-    "lr2e-3": [*SMALL, "training.batch_size=8", "training.lr=2e-3"],
-    "unroll8": [*SMALL, "training.batch_size=8", "training.unroll=8", "training.unroll_start=0.8"],
-    "early": [*SMALL, "training.batch_size=8", "training.unroll_start=0.3"],
-    "late": [*SMALL, "training.batch_size=8", "training.unroll_start=0.8"],
-    "ema": [*SMALL, "training.batch_size=8", "training.ema=0.995"],
-    "bf16": [*SMALL, "training.batch_size=8", "training.precision=bf16"],
-    "wide": [*SMALL, "training.batch_size=8", "model.embed_dim=256", "model.num_heads=8"],
-    "unet": ["model.model_type=UNet", "model.base_channels=32", "model.depth=2", "training.batch_size=8"],
+    "lr2e-3": EIGHT,
+    "noise8": [*EIGHT, "training.input_noise=0.02"],
+    "unroll8": [*EIGHT, "training.unroll=8", "training.unroll_start=0.8"],
+    "early": [*EIGHT, "training.unroll_start=0.3"],
+    "late": [*EIGHT, "training.unroll_start=0.8"],
+    "ema": [*EIGHT, "training.ema=0.99"],
+    "unet": ["model.model_type=UNet", "model.base_channels=32", "model.depth=2", "training.batch_size=8", "training.lr=2e-3"],
 }
 
 

@@ -570,10 +570,10 @@ def climate_distances(
     a: xr.Dataset,
     truth: xr.Dataset,
 ) -> dict[str, float]:
-    "Distances of climate `a` from `truth` in what both files hold: spectrum (decades), PDFs (standard deviations), zonal flow and energy (relative)."
+    "Distances of climate `a` from `truth` in what both files hold: spectrum (decades, waves longer than 3 grid points), PDFs (standard deviations), zonal flow and energy (relative)."
     both, distances = set(a) & set(truth), {}
     if "energy_spectrum" in both:
-        resolved = slice(1, truth.sizes["shell"] * 2 // 3)
+        resolved = slice(1, int((truth.sizes["shell"] - 1) * 2**0.5 / 3))  # the last shell is at N/√2, the limit at N/3
         distances["spectrum (decades)"] = float(log_spectral_distance(torch.tensor(a.energy_spectrum.values), torch.tensor(truth.energy_spectrum.values), resolved))
     for name, title in (("u", "PDF of u (σ)"), ("omega", "PDF of ω (σ)")):
         if f"pdf_{name}" in both:

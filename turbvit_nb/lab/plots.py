@@ -140,7 +140,7 @@ def curves(
         parts.append(hv.HLine(level).opts(color="#999999", linewidth=0.8, linestyle="--"))
     if marks:
         parts += _marked(marks, _top(lines, axes))
-    defaults = {"fig_inches": 4, "legend_position": "best", "fontsize": {"legend": 8}}
+    defaults = {"fig_inches": 4, "legend_position": "best" if len(lines) <= 5 else "right", "fontsize": {"legend": 8}}
     return hv.Overlay(parts).opts(title=title, aspect=aspect, hooks=[_boxed(aspect)], **(defaults | axes))
 
 # %% ../../nbs/lab/05_plots.ipynb #83c605b3
