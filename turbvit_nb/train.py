@@ -31,8 +31,8 @@ class TrainingConfig(Section):
 
     epochs: int = Field(50, ge=0)  # passes over the training set
     steps_per_epoch: int | None = Field(None, gt=0)  # cut epochs short: validations and checkpoints come sooner
-    batch_size: int = Field(16, gt=0)  # samples per step
-    lr: float = Field(1e-3, gt=0)  # peak learning rate
+    batch_size: int = Field(8, gt=0)  # samples per step
+    lr: float = Field(2e-3, gt=0)  # peak learning rate
     weight_decay: float = Field(0.01, ge=0)  # of AdamW, on weights of two or more dimensions
     warmup_epochs: float = Field(1.0, ge=0)  # may be fractional; the rate climbs step by step
     warmup_start_factor: float = Field(0.1, gt=0, le=1)  # of lr, at the first step

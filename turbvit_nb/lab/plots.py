@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import holoviews as hv
 import holoviews.plotting.mpl
 import numpy as np
+from IPython import get_ipython
 from IPython.display import Image
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
@@ -79,12 +80,20 @@ def _png(figure, dpi: int, colours: int) -> bytes:
     return small.getvalue()
 
 # %% ../../nbs/lab/05_plots.ipynb #e1844628
+def _hook_pyplot() -> None:
+    "Make pyplot at home in the shell that runs now."
+    shell, hook = get_ipython(), plt._draw_all_if_interactive
+    if shell and hook not in shell.events.callbacks["post_execute"]:
+        shell.events.register("post_execute", hook)
+
+# %% ../../nbs/lab/05_plots.ipynb #36bf55ec
 def png(
     obj,  # any HoloViews object
     limit: int = 60_000,  # bytes
     dpi: int = 80,
 ) -> bytes:
     "`obj` drawn as a PNG of at most `limit` bytes; colours go first, then resolution."
+    _hook_pyplot()
     figure = hv.renderer("matplotlib").get_plot(obj).state
     for scale, colours in ((1.0, 128), (1.0, 48), (0.85, 32), (0.7, 24), (0.5, 16), (0.35, 8)):
         data = _png(figure, round(dpi * scale), colours)
