@@ -113,8 +113,10 @@ def show(
 
 # %% ../../nbs/lab/05_plots.ipynb #a342cce9
 def beside(*figures) -> hv.Layout:
-    "Figures side by side, without the letters that HoloViews puts at their corners."
-    return hv.Layout(list(figures)).opts(sublabel_format="", tight=True)
+    "Figures side by side, without the letters that HoloViews puts at their corners. Of legends outside, only the last figure's stays."
+    outside = [hv.Store.lookup_options("matplotlib", figure, "plot").kwargs.get("legend_position") == "right" for figure in figures]
+    shown = [figure.opts(show_legend=False) if aside and any(outside[i + 1:]) else figure for i, (figure, aside) in enumerate(zip(figures, outside))]
+    return hv.Layout(shown).opts(sublabel_format="", tight=True)
 
 # %% ../../nbs/lab/05_plots.ipynb #baf979c6
 def _marked(marks: Mapping[str, float], height: float) -> list:
