@@ -12,23 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from fields import packed_run
 from turbvit_nb.long_analysis import Setting, accumulate, climate_dataset, switched_on, truth_record
-from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, open_store
+from turbvit_nb.physics.py2d import open_store
 from turbvit_nb.short_analysis import AnalysisConfig
-
-
-def make(folder: Path, NX: int, frames: int):
-    "A packed store of random vorticity with a steep spectrum; ten fields, repeated."
-    regime = Regime(1000, beta=20.0, NX=NX)
-    k = np.hypot(np.fft.fftfreq(NX, 1 / NX)[:, None], np.arange(NX // 2 + 1))
-    fields = np.fft.irfft2(np.random.default_rng(0).standard_normal((10, NX, NX // 2 + 1)) * (k / (1 + (k / 4) ** 4)) * NX)
-    writer = PackedWriter(folder / regime.path() / PACKED, regime, frames)
-    for n in range(frames):
-        writer.append(0.06 * (n + 1), fields[n % 10])
-    return open_store(writer.finish())
 
 
 def floor(records) -> float:
@@ -50,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        store = make(Path(folder), args.size, args.frames)
+        store = open_store(packed_run(Path(folder), args.size, args.frames))
         setting = Setting(AnalysisConfig(), 0.06, torch.zeros(3, args.size, args.size), {"u": 10.0, "omega": 50.0})
         accumulate([truth_record(store, store.frames[:64])], setting)
         print(f"{'frames':>9} {'read + FFT':>12} {'analysis':>12} {'ratio':>6} {'peak MiB':>9}   ({args.size}², CPU seconds; frames/s in the analysis)")

@@ -16,21 +16,11 @@ import numpy as np
 import psutil
 import torch
 
+from fields import packed_run
 from turbvit_nb.datasets import Batches, DatasetConfig, Symmetries, open_dataset
-from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, TreeWriter, open_store
+from turbvit_nb.physics.py2d import Regime, TreeWriter, open_store
 
 TARGET = {64: 10_000, 256: 600}
-
-
-def make(folder: Path, NX: int, frames: int) -> Path:
-    "A packed run of random vorticity with a steep spectrum; ten fields, repeated."
-    regime = Regime(1000, beta=20.0, NX=NX)
-    k = np.hypot(np.fft.fftfreq(NX, 1 / NX)[:, None], np.arange(NX // 2 + 1))
-    fields = np.fft.irfft2(np.random.default_rng(0).standard_normal((10, NX, NX // 2 + 1)) * (k / (1 + (k / 4) ** 4)) * NX)
-    writer = PackedWriter(folder / regime.path() / PACKED, regime, frames)
-    for n in range(frames):
-        writer.append(0.06 * (n + 1), fields[n % 10])
-    return writer.finish()
 
 
 def rate(dataset, batch_size: int, seconds: float, augment=None) -> tuple[float, float]:
@@ -93,7 +83,7 @@ def main():
         memories = {}
         for NX in args.sizes:
             frames = args.megabytes * 10**6 // (4 * NX**2)
-            path = make(Path(tmp) / str(NX), NX, frames)
+            path = packed_run(Path(tmp) / str(NX), NX, frames)
             for mode in ("mmap", "memory"):
                 dataset = open_dataset(DatasetConfig(data_dir=str(path), frame_range=[[1, frames + 1 if mode == "mmap" else frames // 4]], mode=mode))
                 dataset.targets = args.targets

@@ -16,7 +16,7 @@ import torch
 from turbvit_nb.lab.learner import Learner
 from turbvit_nb.lab.runs import open_run, seed_everything
 from turbvit_nb.model import losses
-from turbvit_nb.train import build_batches, build_data, build_emulator, build_optimizer, train
+from turbvit_nb.train import autocast_dtype, build_batches, build_data, build_emulator, build_optimizer, train
 
 DATA = """
 seed = {seed}
@@ -90,7 +90,7 @@ def seconds_per_step(run, targets: int) -> float:
     data.targets = targets
     batches = build_batches(run, settings.model_copy(update={"steps_per_epoch": 12}), data)
     times = []
-    autocast = torch.bfloat16 if settings.precision == "bf16" else None
+    autocast = autocast_dtype(settings.precision, run.device)
     learner = Learner(emulator, losses, batches, build_optimizer(emulator.network, settings), autocast=autocast)
     for learner.batch in batches.epoch(0):
         start = time.process_time()

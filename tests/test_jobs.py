@@ -211,18 +211,21 @@ def test_mistake_in_a_tree_is_named_with_its_path(place, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- mistakes in checkpoints
 class Harmful:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/turbvit-was-here",))
+        return (os.system, (f"touch '{self.trace}'",))
 
 
 def test_checkpoint_that_is_no_checkpoint_is_one_line(place, tmp_path):
-    torch.save({"model_state": {}, "extra": Harmful()}, tmp_path / "harmful.tar")
+    torch.save({"model_state": {}, "extra": Harmful(tmp_path / "was-here")}, tmp_path / "harmful.tar")
     (tmp_path / "short.tar").write_bytes(b"PK\x03\x04")
     torch.save({"model_state": {}}, tmp_path / "empty.tar")
     for name, wanted in (("harmful", "tensors and plain values"), ("short", "short.tar"), ("empty", "empty.tar")):
         line = one_line(turbvit("run", place / "02_train.ipynb", config(place, "mistake"), "--set", f"checkpoint_file={tmp_path / name}.tar"), wanted)
         assert f"{name}.tar" in line
-    assert not Path("/tmp/turbvit-was-here").exists()
+    assert not (tmp_path / "was-here").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- whole jobs

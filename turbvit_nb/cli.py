@@ -422,7 +422,7 @@ def demo_table(configs: Path) -> Table:
 @tells
 def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove the demo's runs first")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="a tiny version that tests the machinery in about a minute")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="a tiny version that tests the machinery in a few minutes")] = False,
 ) -> None:
     "The whole pipeline on a small data set: generate, train, prune, roll out, analyse, compare.\n\nWhat is done already is kept; a demo that was stopped goes on."
     from turbvit_nb.lab.config import find_config, load_config, run_folder
