@@ -1,7 +1,11 @@
-"""The solver against real Py2D output, over long times, on several threads and on a GPU; speed belongs in benchmarks/bench_solver.py."""
+"""The solver against real Py2D output, over long times, in several processes and on a GPU; speed belongs in benchmarks/bench_solver.py."""
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -136,23 +140,53 @@ def test_advection_alone_is_of_second_order_in_py2d():
 # Bits -----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scheme, dt", [("exact", None), ("exact", 0.01), ("py2d", 1e-3)])
-def test_stopping_going_on_and_threads_change_no_bit(scheme, dt, tmp_path):
+def test_stopping_going_on_and_workers_change_no_bit(scheme, dt, tmp_path):
     omega = random_vorticity(64, 9)
-    whole = [w for _, w in simulate(JETS, omega, 0.4, 0.1, scheme, dt, threads=1)]
-    solver = Solver(JETS, omega, scheme, dt, threads=2)
+    whole = [w for _, w in simulate(JETS, omega, 0.4, 0.1, scheme, dt, workers=1)]
+    solver = Solver(JETS, omega, scheme, dt, workers=2)
     solver.advance(0.1)
     solver.advance(0.1)
     torch.save(solver.state, tmp_path / "state.tar")
     state = torch.load(tmp_path / "state.tar", weights_only=True)
-    rest = list(simulate(JETS, omega, 0.2, 0.1, scheme, dt, state=state, threads=3))
+    rest = list(simulate(JETS, omega, 0.2, 0.1, scheme, dt, state=state, workers=3))
     assert [t for t, _ in rest] == [0.3, 0.4]
     assert all(torch.equal(a, w) for (_, a), w in zip(rest, whole[2:]))
 
 
-def test_threads_leave_pytorch_as_it_was():
-    before = torch.get_num_threads()
-    Solver(JETS, random_vorticity(64, 9), threads=2).advance(0.02)
-    assert torch.get_num_threads() == before
+def test_workers_leave_with_their_solver():
+    threads, children = torch.get_num_threads(), lambda: set(psutil.Process().children())
+    before = children()
+    solver = Solver(JETS, random_vorticity(64, 9), workers=2)
+    solver.advance(0.02)
+    assert len(children() - before) == 2
+    del solver
+    assert children() == before and torch.get_num_threads() == threads
+
+
+def test_a_killed_worker_is_reported_and_replaced():
+    omega, before = random_vorticity(64, 9), set(psutil.Process().children())
+    solver, alone = Solver(JETS, omega, workers=2), Solver(JETS, omega, workers=1)
+    solver.advance(0.02)
+    (set(psutil.Process().children()) - before).pop().kill()
+    with pytest.raises(RuntimeError, match="killed, perhaps for want of memory: pass workers=1"): solver.advance(0.02)
+    assert solver.time == 0.02
+    solver.advance(0.02)
+    alone.advance(0.02)
+    alone.advance(0.02)
+    assert torch.equal(solver.omega, alone.omega)
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path):
+    code = ("import os, psutil, signal, torch; from turbvit_nb.physics.solver import *; from turbvit_nb.physics.py2d import Regime;"
+            "s = Solver(Regime(Re=100, fkx=0, fky=4, alpha=0.1, beta=20, NX=64), random_vorticity(64, 9), workers=2); s.advance(0.02);"
+            "print(*[p.pid for p in psutil.Process().children()], flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pids = [int(pid) for pid in run.stdout.split()]
+    assert len(pids) == 2, run.stderr
+    for _ in range(100):
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids): return
+        time.sleep(0.05)
+    assert False, f"processes {pids} still run"
 
 
 @pytest.mark.parametrize("NX", [8, 20, 48, 128])

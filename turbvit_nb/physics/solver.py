@@ -8,10 +8,14 @@ __all__ = ['STAGE_A', 'STAGE_B', 'STAGE_C', 'CFL', 'SEGMENT', 'advection', 'tend
 
 # %% ../../nbs/physics/02_solver.ipynb #768f8168
 import math
+import signal
+import sys
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import cache, lru_cache
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess, current_process
 from typing import Any
 
 import numpy as np
@@ -277,7 +281,7 @@ class Solver:
         dt: float | None = None,  # Longest step; default: `exact` chooses by itself, `py2d` takes regime.dt
         time: float = 0.0,  # Time of `omega0`
         dtype: torch.dtype = torch.float64,  # Precision of the integration
-        threads: int | None = None,  # Workers on a CPU; default torch.get_num_threads()
+        workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
     ):
         _check_regime(regime)
         omega0 = torch.as_tensor(omega0).to(dtype)
@@ -287,7 +291,7 @@ class Solver:
         self.regime, self.scheme, self.shape, self.time = regime, scheme, omega0.shape, float(time)
         self.flow = _Flow(regime, str(omega0.device), dtype)
         self.stepper = _stepper(self.flow, scheme, dt)
-        self.threads, self._idle = threads or torch.get_num_threads(), []
+        self.workers, self._crew, self._advection = workers or torch.get_num_threads(), None, None
         self.omega_hat = self.previous_hat = self.modes.pack(self.modes.grid.transform(batch))
 
     def __repr__(self) -> str: return f"Solver({self.regime}, scheme='{self.scheme}', flows={len(self.omega_hat)}, time={self.time:g})"
@@ -315,28 +319,77 @@ def pieces(self: Solver) -> list[slice]:
 
 
 @patch
-def _piece(self: Solver, piece: slice, leg: tuple, steps: int, dt: float) -> tuple[torch.Tensor, torch.Tensor]:
-    "Coefficients of a piece after `steps` steps, and one step earlier (`py2d`)."
-    advect = self._idle.pop()
-    now, before = (h[piece].clone() for h in leg)
-    with torch.no_grad():
+def _advance_pieces(
+    self: Solver,
+    flows: torch.Tensor,  # Coefficients now and one step earlier (2, B, 2K+1, K+1); overwritten
+    pieces: list[slice],  # Which of them
+    steps: int,  # How many steps
+    dt: float,  # Length of a step
+    advect: _Advection,  # Its buffers serve this call
+):
+    for piece in pieces:
+        now, before = flows[:, piece].clone()
         if self.scheme == "py2d": now, before = self.stepper.advance(now, before, steps, advect)
         else: now = before = self.stepper.advance(now, dt, steps, advect)
-    self._idle.append(advect)
-    return now, before
+        flows[0, piece], flows[1, piece] = now, before
 
 # %% ../../nbs/physics/02_solver.ipynb #83e5f0aa
-@contextmanager
-def _workers(n: int) -> Iterator[Callable]:
-    "A `map` over `n` threads, or the plain one."
-    if n == 1:
-        yield map
-        return
-    threads = torch.get_num_threads()
+def _work(orders: Connection, master: Connection, solver: "Solver", flows: torch.Tensor, pieces: list[slice]):
+    "The life of a worker. Its copy of the `master`'s end is closed, or the pipe would never end."
+    master.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool: yield pool.map
-    finally: torch.set_num_threads(threads)
+    advect = _Advection(solver.modes, pieces[0].stop - pieces[0].start)
+    with torch.no_grad(), suppress(EOFError, BrokenPipeError):
+        while True:
+            solver._advance_pieces(flows, pieces, *orders.recv(), advect)
+            orders.send(True)
+
+
+def _dismiss(processes: list[BaseProcess]):
+    for p in processes: p.terminate()
+    for p in processes: p.join()
+
+
+class _Crew:
+    "Advances the flows of a solver in `n` processes."
+    def __init__(self, solver: "Solver", n: int):
+        context, self.orders, processes = torch.multiprocessing.get_context("fork"), [], []
+        self.flows = torch.stack([solver.omega_hat, solver.previous_hat]).share_memory_()
+        for i in range(n):
+            here, there = context.Pipe()
+            processes.append(context.Process(target=_work, args=(there, here, solver, self.flows, solver.pieces[i::n]), daemon=True))
+            processes[-1].start()
+            there.close()
+            self.orders.append(here)
+        self.dismiss = weakref.finalize(self, _dismiss, processes)
+
+    def __call__(self, flows: torch.Tensor, steps: int, dt: float) -> torch.Tensor:
+        "The coefficients (2, B, 2K+1, K+1), now and one step earlier, after `steps` steps."
+        self.flows.copy_(flows)
+        try:
+            for worker in self.orders: worker.send((steps, dt))
+            for worker in self.orders: worker.recv()
+        except BaseException as e:
+            self.dismiss()
+            if isinstance(e, (EOFError, OSError)): raise RuntimeError("a process of the solver was killed, perhaps for want of memory: pass workers=1") from None
+            raise
+        return self.flows.clone()
+
+# %% ../../nbs/physics/02_solver.ipynb #4a076b50
+@patch
+def _leg(self: Solver, flows: torch.Tensor, steps: int, dt: float) -> torch.Tensor:
+    "Coefficients (2, B, 2K+1, K+1), now and one step earlier, after `steps` steps; `flows` stays as it is."
+    pieces = self.pieces
+    n = min(self.workers, len(pieces)) if sys.platform == "linux" and not current_process().daemon else 1
+    if n > 1:
+        if self._crew is None or not self._crew.dismiss.alive: self._crew = _Crew(self, n)
+        return self._crew(flows, steps, dt)
+    if self._advection is None: self._advection = _Advection(self.modes, pieces[0].stop)
+    flows = flows.clone()
+    with torch.no_grad(): self._advance_pieces(flows, pieces, steps, dt, self._advection)
+    return flows
 
 # %% ../../nbs/physics/02_solver.ipynb #5115937e
 @patch
@@ -355,15 +408,11 @@ def advance(
 ):
     "Advance all flows by `t`. Raises `BlowUp`; the solver is then as it was before."
     if not t > 0: raise ValueError(f"a flow advances by a positive time, not {t}")
-    pieces, leg, done = self.pieces, (self.omega_hat, self.previous_hat), 0.0
-    workers = min(self.threads, len(pieces))
-    while len(self._idle) < workers: self._idle.append(_Advection(self.modes, pieces[0].stop))
-    with _workers(workers) as spread:
-        for steps, dt in self.stepper.plan(t, lambda: leg[0]):
-            parts = list(spread(lambda piece: self._piece(piece, leg, steps, dt), pieces))
-            leg, done = tuple(torch.cat(p) for p in zip(*parts)), done + steps * dt
-            self._check(leg[0], self.time + done, dt)
-    (self.omega_hat, self.previous_hat), self.time = leg, round(self.time + t, 12)
+    flows, done = torch.stack([self.omega_hat, self.previous_hat]), 0.0
+    for steps, dt in self.stepper.plan(t, lambda: flows[0]):
+        flows, done = self._leg(flows, steps, dt), done + steps * dt
+        self._check(flows[0], self.time + done, dt)
+    (self.omega_hat, self.previous_hat), self.time = flows, round(self.time + t, 12)
 
 # %% ../../nbs/physics/02_solver.ipynb #cd024cec
 @patch
@@ -396,10 +445,10 @@ def simulate(
     state: dict[str, Any] | None = None,  # A `Solver.state` to go on from, in place of `omega0`
     time: float = 0.0,  # Time of `omega0`
     dtype: torch.dtype = torch.float64,  # Precision of the integration
-    threads: int | None = None,  # Workers on a CPU; default torch.get_num_threads()
+    workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
 ) -> Iterator[tuple[float, torch.Tensor]]:
     "Yields (t, omega) with omega of `omega0`'s shape, first at `t_save`. Raises ValueError at once for bad input, `BlowUp` on the way."
-    solver = Solver(regime, omega0, scheme, dt, time, dtype, threads)
+    solver = Solver(regime, omega0, scheme, dt, time, dtype, workers)
     if state is not None: solver.load_state(state)
     return solver.run(t_total, t_save)
 
