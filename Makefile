@@ -20,7 +20,7 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt
 	touch $@
 
 demo: setup ## data, train, prune, roll out, analyse: minutes on two cores; results in runs/demo
-	OMP_NUM_THREADS=$${DEMO_THREADS:-2} $(BIN)/turbvit demo
+	$(BIN)/turbvit demo
 
 test: setup notebooks-clean ## notebooks clean and exported, every notebook run, pytest
 	$(BIN)/nbdev_test --n_workers 2 --timing

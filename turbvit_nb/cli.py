@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WELCOME', 'app', 'console', 'Set', 'Parameter', 'COLOURS', 'DEMO', 'welcome', 'tells', 'check_data',
-           'check_checkpoint', 'nice', 'run', 'resume', 'status_rows', 'status', 'generate', 'pack', 'gif', 'demo_job',
-           'check_unchanged', 'demo_data', 'clear_demo', 'demo_step', 'title_of', 'demo_gif', 'demo_rows', 'demo_table',
-           'demo', 'main']
+           'check_checkpoint', 'nice', 'run', 'resume', 'status_rows', 'status', 'generate', 'pack', 'gif',
+           'demo_needs', 'demo_command', 'check_unchanged', 'demo_data', 'clear_demo', 'demo_step', 'demo_jobs',
+           'title_of', 'demo_gif', 'demo_rows', 'demo_table', 'demo', 'main']
 
 # %% ../nbs/cli.ipynb #048955e2
 import functools
@@ -297,40 +297,47 @@ def gif(
     console.print(f"[green]done[/]: {escape(nice(path))}, {path.stat().st_size / 1e6:.1f} MB")
 
 # %% ../nbs/cli.ipynb #ffc2e2e1
-DEMO = [  # config, chapter, what it does
-    ("vit", "02_train", "train a ViT"),
-    ("control", "03_prune", "the control: finetune it, prune nothing"),
-    ("vit", "03_prune", "prune it in three stages"),
-    ("unet", "02_train", "train a UNet to compare with"),
-    ("vit", "04_inference", "roll out, dense and pruned"),
-    ("control", "04_inference", "roll out the control"),
-    ("unet", "04_inference", "roll out the UNet"),
-    ("vit", "05_short_analysis", "short leads"),
-    ("control", "05_short_analysis", "short leads of the control"),
-    ("unet", "05_short_analysis", "short leads of the UNet"),
-    ("vit", "06_long_analysis", "the climate of the rollouts"),
-    ("control", "06_long_analysis", "the climate of the control"),
-    ("unet", "06_long_analysis", "the climate of the UNet"),
-    ("vit", "07_compare", "all of them side by side"),
-]
+DEMO = {  # config and chapter: what it does; the longest first, where there is a choice
+    "vit 02_train": "train a ViT",
+    "unet 02_train": "train a UNet to compare with",
+    "vit 03_prune": "prune the ViT in three stages",
+    "control 03_prune": "the control: finetune the ViT as long, prune nothing",
+    "vit 04_inference": "roll out, dense and pruned",
+    "unet 04_inference": "roll out the UNet",
+    "control 04_inference": "roll out the control",
+    "vit 05_short_analysis": "short leads",
+    "unet 05_short_analysis": "short leads of the UNet",
+    "control 05_short_analysis": "short leads of the control",
+    "vit 06_long_analysis": "the climate of the rollouts",
+    "unet 06_long_analysis": "the climate of the UNet",
+    "control 06_long_analysis": "the climate of the control",
+    "vit 07_compare": "all of them side by side",
+}
 
 # %% ../nbs/cli.ipynb #3fe544d7
-def demo_job(config: Path, chapter: str) -> bool:
-    "Run one job of the demo, from its config or from where it was stopped; False when it was done before."
+def demo_needs(job: str) -> list[str]:
+    "The jobs of the demo that have to be done before `job`."
+    earlier = list(DEMO)[: list(DEMO).index(job)]
+    if job.endswith("07_compare"):
+        return earlier
+    own = [other for other in earlier if other.split()[0] == job.split()[0]]
+    return own or ["vit 02_train"] * job.startswith("control")
+
+# %% ../nbs/cli.ipynb #b065760c
+def demo_command(configs: Path, job: str) -> list[str] | None:
+    "The command line of a job, from its config or from where it was stopped; None when it was done before."
     from turbvit_nb.lab.config import load_config, run_folder
-    from turbvit_nb.lab.jobs import JobError, find_chapter, run_job
+    from turbvit_nb.lab.jobs import find_chapter
     from turbvit_nb.lab.runs import stages
 
+    name, chapter = job.split()
+    config = configs / f"{name}.toml"
     folder = run_folder(load_config(config).top.output_dir)
     check_unchanged(config, folder)
     entry = stages(folder).get(find_chapter(chapter).stage)
     if entry and entry["state"] == "done":
-        return False
-    try:
-        run_job(chapter, folder if entry else config)
-    except JobError as error:
-        raise JobError(f"{error}; turbvit demo goes on from here", error.code) if error.code != 1 else error
-    return True
+        return None
+    return [sys.executable, "-c", "from turbvit_nb.cli import main; main()", "run", chapter, str(folder if entry else config)]
 
 # %% ../nbs/cli.ipynb #38e01402
 def check_unchanged(config: Path, folder: Path) -> None:
@@ -345,13 +352,16 @@ def check_unchanged(config: Path, folder: Path) -> None:
         raise LabError(f"{nice(folder)} was made with another {changed[0]} than {nice(config)} says; start over with turbvit demo --fresh")
 
 # %% ../nbs/cli.ipynb #62200080
-def demo_data(config: Path) -> bool:
-    "Generate the data of the demo; False when it was there."
+def demo_data(config: Path, cores: int) -> bool:
+    "Generate the data of the demo on all cores; False when it was there."
+    import torch
+
     from turbvit_nb.datasets import ensure_data
     from turbvit_nb.lab.config import data_path, load_config
 
     settings = load_config(config)
     new = not (data_path(settings.section("generate").data_dir) / "generate.json").exists()
+    torch.set_num_threads(cores)
     ensure_data(settings)
     return new
 
@@ -364,12 +374,31 @@ def clear_demo(configs: Path) -> None:
         shutil.rmtree(run_folder(load_config(config).top.output_dir), ignore_errors=True)
 
 
-def demo_step(number: str, title: str, work: Callable[[], bool]) -> None:
+def demo_step(title: str, work: Callable[[], bool]) -> None:
     "Do one step and say how long it took."
     start = time.monotonic()
-    console.print(f"[bold]{number} {title}[/]")
+    console.print(f"[bold]{title}[/]")
     done = work()
-    console.print(f"      [green]done[/] in {time.monotonic() - start:.0f} s" if done else "      [dim]done before[/]")
+    console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s" if done else "[dim]done before[/]")
+
+# %% ../nbs/cli.ipynb #a628442b
+def demo_jobs(configs: Path, cores: int) -> None:
+    "All jobs of the demo, `cores` at once. Raises `JobError`."
+    from turbvit_nb.lab.jobs import JobError, Together
+
+    commands = {job: demo_command(configs, job) for job in DEMO}
+    for job in [job for job, command in commands.items() if command is None]:
+        console.print(f"[bold]{job}: {DEMO[job]}[/] [dim]done before[/]")
+        del commands[job]
+    console.print(*[f"[bold]{job}[/]: {DEMO[job]}" for job in commands], sep="\n")
+    tell = lambda job, line: console.print(f"[dim]{job:>25} │[/] {escape(line)}", highlight=False, soft_wrap=True)
+    jobs = Together(commands, {job: [need for need in demo_needs(job) if need in commands] for job in commands}, cores, tell)
+    start = time.monotonic()
+    try:
+        for i, job in enumerate(jobs, 1):
+            console.print(f"[green]{i} of {len(commands)} done[/] after {time.monotonic() - start:.0f} s: {job}")
+    except JobError as error:
+        raise JobError(f"{error}; turbvit demo goes on from here", error.code) from None
 
 # %% ../nbs/cli.ipynb #d7ae8906
 def title_of(
@@ -431,11 +460,10 @@ def demo(
     if fresh:
         clear_demo(configs)
     folder = run_folder(load_config(configs / "vit.toml").top.output_dir)
-    begin, total = time.monotonic(), len(DEMO) + 2
-    demo_step(f" 1/{total}", "data: the built-in solver", lambda: demo_data(configs / "vit.toml"))
-    for i, (name, chapter, title) in enumerate(DEMO, 2):
-        demo_step(f"{i:2}/{total}", f"{chapter}: {title}", lambda: demo_job(configs / f"{name}.toml", chapter))
-    demo_step(f"{total}/{total}", "a moving picture", lambda: demo_gif(folder))
+    begin, cores = time.monotonic(), len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    demo_step("data: the built-in solver", lambda: demo_data(configs / "vit.toml", cores))
+    demo_jobs(configs, cores)
+    demo_step("a moving picture", lambda: demo_gif(folder))
     console.print(demo_table(configs))
     console.print(f"\n{time.monotonic() - begin:.0f} s in all. To look at:")
     for path in [folder / "demo.gif", *sorted(folder.glob("*.html"))]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'MATHJAX', 'Chapter', 'chapters', 'find_chapter', 'Report',
            'JobClient', 'JobEngine', 'Signals', 'JobError', 'explain', 'execute', 'html_copy', 'plan_job', 'run_job',
-           'next_stage']
+           'next_stage', 'Together']
 
 # %% ../../nbs/lab/04_jobs.ipynb #5f1261f4
 import ast
@@ -14,12 +14,15 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from types import FrameType
 
 import nbformat
@@ -337,3 +340,81 @@ def next_stage(
         if entry["state"] != "done":
             return stage
     raise LabError(f"{folder}: nothing to resume, done are {', '.join(entries)}; name a stage to do it again")
+
+# %% ../../nbs/lab/04_jobs.ipynb #2067dc99
+class Together:
+    "Commands that run at once, at most `slots` of them."
+
+    def __init__(
+        self,
+        commands: Mapping[str, Sequence[str]],  # name: the words of a command line
+        needs: Mapping[str, Iterable[str]],  # name: what has to be done before
+        slots: int,  # how many at once
+        tell: Callable[[str, str], None],  # gets name and line of what a command says
+        threads: int = 1,  # of each command
+    ):
+        if unknown := {need for needed in needs.values() for need in needed} - set(commands):
+            raise ValueError(f"{', '.join(sorted(unknown))}: needed, but not among the commands")
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.commands, self.needs, self.slots, self.tell = commands, needs, slots, tell
+        self.waiting, self.running, self.done = list(commands), {}, set()
+        self.events: Queue = Queue()
+        self.received: list[int] = []
+
+    def pass_on(self, number: int, frame: FrameType | None = None) -> None:
+        "Send a signal to all that run; the handler of SIGINT and SIGTERM."
+        self.received.append(number)
+        for process in self.running.values():
+            process.send_signal(number)
+
+# %% ../../nbs/lab/04_jobs.ipynb #a4ee15ae
+@patch
+def _start(self: Together, name: str) -> None:
+    words = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, env=self.environment)
+    self.waiting.remove(name)
+    self.running[name] = process = subprocess.Popen(self.commands[name], **words)
+    Thread(target=self._follow, args=(name, process), daemon=True).start()
+
+
+@patch
+def _follow(self: Together, name: str, process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        self.events.put((name, line.rstrip()))
+    self.events.put((name, process.wait()))
+
+
+@patch
+def _fill(self: Together) -> None:
+    "Start what can start."
+    ready = [name for name in self.waiting if self.done.issuperset(self.needs.get(name, ()))]
+    for name in ready[: self.slots - len(self.running)]:
+        self._start(name)
+
+# %% ../../nbs/lab/04_jobs.ipynb #b8a64961
+@patch
+def __iter__(self: Together) -> Iterator[str]:
+    "The names of the commands as they are done. Raises `JobError` after the first that fails, and after a signal, when all have ended."
+    failed, before = None, {number: signal.signal(number, self.pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        self._fill()
+        while self.running:
+            name, said = self.events.get()
+            if isinstance(said, str):
+                self.tell(name, said)
+                continue
+            del self.running[name]
+            if said == 0:
+                self.done.add(name)
+                yield name
+            elif failed is None and not self.received:
+                failed = (name, said)
+                self.pass_on(signal.SIGTERM)
+            if not self.received:
+                self._fill()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed:
+        raise JobError(f"{failed[0]} failed", failed[1])
+    if self.received:
+        raise JobError("stopped", INTERRUPTED if self.received[0] == signal.SIGINT else TERMINATED)
