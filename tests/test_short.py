@@ -1,0 +1,400 @@
+"""The short analysis as a whole job on a flow of the solver: every forecast against numpy, what is kept and what is made again, several runs, ensembles, and bad input."""
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scoringrules
+import torch
+import xarray as xr
+from torch import nn
+
+from turbvit_nb import short_analysis as chapter
+from turbvit_nb.datasets import DatasetConfig, GenerateConfig, generate, open_dataset
+from turbvit_nb.lab import runs
+from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.runs import open_run
+from turbvit_nb.model import Emulator, Normaliser, load_emulator
+from turbvit_nb.physics.predictability import twin_forecast
+from turbvit_nb.physics.py2d import find_runs, open_store
+from turbvit_nb.physics.spectral import Grid
+from turbvit_nb.short_analysis import FORECASTS, Starts, curve, curve_interval, horizons, open_scored, read_short, score_ensemble, short_analysis, start_samples, verdict
+from turbvit_nb.train import train
+
+N, LEADS, STARTS = 16, 12, 6
+SECTIONS = """
+device = "cpu"
+[model]
+model_type = "ViT"
+img_size = 16
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+[train_dataset]
+data_dir = "flow"
+trajectories = [1, 2]
+frame_range = [[1, 71]]
+[validation_dataset]
+data_dir = "flow"
+trajectories = [1, 2]
+frame_range = [[71, 91]]
+[test_dataset]
+data_dir = "flow"
+trajectories = [3]
+frame_range = [[1, 91]]
+[training]
+epochs = 1
+batch_size = 16
+rollout_steps = 4
+rollout_starts = 2
+[analysis]
+max_leadtime = 12
+n_ensembles = 6
+lyapunov_time = 4.0
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    "A data root with three trajectories of a small flow."
+    root = tmp_path_factory.mktemp("flow")
+    generate(GenerateConfig(data_dir=str(root / "flow"), Re=100, fky=4, beta=20.0, NX=N, n_trajectories=3, n_frames=90, t_save=0.1, spin_up=20.0))
+    return root
+
+
+@pytest.fixture
+def home(data, tmp_path, monkeypatch) -> Path:
+    "Folders of runs and data of the test's own; no run is left open."
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TURBVIT_DATA", str(data))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for run in list(runs._open.values()):
+        run.close()
+
+
+def write(home: Path, name: str, top: str = "") -> Path:
+    "A config file for the run called `name`."
+    (home / f"{name}.toml").write_text(f'output_dir = "{name}"\n{top}{SECTIONS}')
+    return home / f"{name}.toml"
+
+
+def go(path: Path, job=short_analysis, *overrides: str, stage: str = "short_analysis"):
+    "Open the run, do the job, finish."
+    run = open_run(path, stage, overrides)
+    result = job(run)
+    run.finish()
+    return result
+
+
+@pytest.fixture(scope="session")
+def made(data, tmp_path_factory) -> Path:
+    "A run, trained for an instant, and analysed."
+    home = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TURBVIT_RUNS", str(home / "runs"))
+        patch.setenv("TURBVIT_DATA", str(data))
+        go(write(home, "vit"), train, stage="train")
+        go(home / "runs" / "vit")
+    return home / "runs"
+
+
+@pytest.fixture
+def folder(made, home) -> Path:
+    "A copy of the run for one test."
+    shutil.copytree(made, home / "runs")
+    return home / "runs" / "vit"
+
+
+def frames() -> dict[int, np.ndarray]:
+    "The vorticity of every trajectory, float64, frame 1 first."
+    return {i: open_store(path).read(np.arange(1, 91)).astype(float) for i, path in enumerate(find_runs(os.environ["TURBVIT_DATA"] + "/flow"), 1)}
+
+
+def velocity(omega: np.ndarray) -> np.ndarray:
+    "u and v (…, 2, N, N) by plain numpy."
+    k = np.fft.fftfreq(N, 1 / N)
+    KX, KY = np.meshgrid(k, k, indexing="ij")
+    K2 = KX**2 + KY**2
+    inner = (np.abs(KX) < N / 2) & (np.abs(KY) < N / 2) & (K2 > 0)
+    psi = np.fft.fft2(omega) * np.divide(1, K2, where=K2 > 0, out=np.zeros_like(K2)) * inner
+    return np.stack([np.fft.ifft2(1j * KY * psi).real, np.fft.ifft2(-1j * KX * psi).real], -3)
+
+
+@pytest.fixture
+def truth(folder) -> tuple[xr.Dataset, dict[int, np.ndarray], np.ndarray]:
+    "The analysed scores, the velocity of all frames by trajectory, and the climatology."
+    uv = {ic: velocity(omega) for ic, omega in frames().items()}
+    return read_short(folder)["best"], uv, np.concatenate([uv[1][:70], uv[2][:70]]).mean(0)
+
+
+def test_the_file_holds_every_forecast_and_says_what_it_is(truth):
+    scores, _, _ = truth
+    assert tuple(scores.forecast.values) == FORECASTS
+    assert scores.acc.dims == ("forecast", "start", "lead", "field") and scores.band_rmse.dims == (*scores.acc.dims, "band")
+    assert dict(scores.sizes) | {"start": STARTS, "lead": LEADS} == dict(scores.sizes)
+    assert all(scores[name].attrs["long_name"] and scores[name].attrs["units"] for name in scores.data_vars)
+    assert all(np.isfinite(scores[name].values).all() for name in scores.data_vars)
+    assert (scores.valid == LEADS).all() and scores.attrs["ceiling_from"] == "best" and "[analysis]" in scores.attrs["config"]
+    assert scores.attrs["lyapunov_low"] < scores.attrs["lyapunov_exponent"] < scores.attrs["lyapunov_high"]
+    assert set(json.loads(scores.attrs["made_from"])["test_dataset"]) >= {"data_dir", "frame_range"}
+
+
+def test_persistence_climatology_and_damping_agree_with_numpy(truth):
+    scores, uv, climate = truth
+    anomalies = [part - climate for ic in (1, 2) for part in np.split(uv[ic][:70], 2)]  # stretches of at least 2 · 12 + 3 frames
+    for start in (0, STARTS - 1):
+        frame = int(scores.start_frame[start])
+        for lead in (1, 5, LEADS):
+            there, x0 = uv[3][frame - 1 + lead], uv[3][frame - 1]
+            pairs = [(a[:-lead], a[lead:]) for a in anomalies]
+            rho = [sum((a[:, i] * b[:, i]).sum() for a, b in pairs) / sum((a[:, i] ** 2).sum() for a, _ in pairs) for i in (0, 1)]
+            damped = climate + np.array(rho)[:, None, None] * (x0 - climate)
+            for name, forecast in (("persistence", x0), ("climatology", climate), ("damped", damped)):
+                for i, field in enumerate("uv"):
+                    at = dict(forecast=name, lead=lead, field=field)
+                    wrong, spread = forecast[i] - there[i], there[i].std()
+                    got = {score: float(scores[score].sel(at)[start]) for score in ("rmse", "mae", "vrmse", "bias", "nrmse")}
+                    want = dict(rmse=np.sqrt((wrong**2).mean()), mae=abs(wrong).mean(), bias=wrong.mean())
+                    want |= dict(vrmse=want["rmse"] / spread, nrmse=want["rmse"] / np.sqrt((there[i] ** 2).mean()))
+                    for score, value in want.items():
+                        assert got[score] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, score)
+
+
+def test_spectra_and_bands_agree_with_numpy(truth):
+    scores, uv, _ = truth
+    k = np.fft.fftfreq(N, 1 / N)
+    shells = np.rint(np.hypot(*np.meshgrid(k, k, indexing="ij"))).astype(int)
+    first = scores.start_frame.values - 1
+    for lead in (1, LEADS):
+        there, wrong = uv[3][first + lead], uv[3][first] - uv[3][first + lead]
+        power = lambda f: np.abs(np.fft.fft2(f, norm="forward")) ** 2
+        spectrum = lambda f: np.bincount(shells.ravel(), 0.5 * power(f).sum(1).mean(0).ravel())
+        np.testing.assert_allclose(scores.truth_spectrum.sel(lead=lead), spectrum(there), rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(scores.error_spectrum.sel(lead=lead, forecast="persistence"), spectrum(wrong), rtol=1e-4, atol=1e-7)
+        middle = (shells > 4) & (shells <= 8)
+        by_band = np.sqrt(power(wrong)[:, 0][:, middle].sum(1))
+        np.testing.assert_allclose(scores.band_rmse.sel(lead=lead, forecast="persistence", field="u", band="middle"), by_band, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose((scores.band_rmse**2).sum("band"), scores.rmse**2, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(curve(scores, "band_rmse", "omega", band="small")[3], np.sqrt((scores.band_rmse.sel(forecast="emulator", field="omega", band="small")[:, 3] ** 2).mean()), rtol=1e-5)
+
+
+def test_the_linear_model_is_the_regression_it_says_it_is(truth, folder):
+    scores, uv, _ = truth
+    kept = np.load(folder / "baselines" / "fits.npz")
+    modes, matrices, mean, damping = kept["modes"].astype(float).reshape(len(kept["modes"]), -1), kept["matrices"], kept["mean"], kept["damping"]
+    np.testing.assert_allclose(modes @ modes.T, np.eye(len(modes)), atol=1e-4)
+    frame = int(scores.start_frame[2])
+    past = [modes @ (uv[3][frame - 1 - i] - mean).ravel() for i in range(len(matrices))]
+    rest = uv[3][frame - 1] - mean - (past[0] @ modes).reshape(2, N, N)
+    for lead in range(1, LEADS + 1):
+        past = [sum(z @ A for z, A in zip(past, matrices)), *past][: len(matrices)]
+        state = mean + (past[0] @ modes).reshape(2, N, N) + damping[:, lead - 1, None, None] * rest
+        wrong = np.sqrt(((state - uv[3][frame - 1 + lead]) ** 2).mean((1, 2)))
+        np.testing.assert_allclose(scores.rmse.sel(forecast="linear", lead=lead).values[2][:2], wrong, rtol=1e-3)
+
+
+def test_the_ceiling_begins_with_the_emulators_error_and_would_be_perfect_without(truth, folder):
+    scores, uv, _ = truth
+    start, regime = uv[3][int(scores.start_frame[0]) - 1], open_store(find_runs(os.environ["TURBVIT_DATA"] + "/flow")[2]).regime
+    omega = Grid.of(torch.from_numpy(start)).vorticity(torch.from_numpy(start))[None]
+    exact = list(twin_forecast(regime, omega, 0 * omega, 0.1, LEADS))
+    assert max(abs(state[0].numpy() - uv[3][int(scores.start_frame[0]) - 1 + lead]).max() for lead, state in enumerate(exact, 1)) < 1e-4
+    first = scores.error_spectrum.sel(lead=1)
+    assert float(first.sel(forecast="ceiling").sum()) == pytest.approx(float(first.sel(forecast="emulator").sum()), rel=0.6)
+    assert (curve(scores, "rmse", forecast="ceiling")[1:] < curve(scores, "rmse")[1:]).all()
+
+
+def test_other_forecasts_are_scored_once_and_only_what_changed_is_made_again(folder, monkeypatch):
+    shutil.copy(folder / "checkpoints" / "best.tar", folder / "checkpoints" / "prune1_remaining_100.0.tar")
+    files = [*(folder / "baselines").iterdir(), folder / "short_analyses" / "best.nc"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    forbidden = lambda *args, **kwargs: pytest.fail("a baseline was made again")
+    with monkeypatch.context() as patch:
+        for name in ("baseline_states", "fit_baselines", "lyapunov_exponent"):
+            patch.setattr(chapter, name, forbidden)
+        results = go(folder)
+    assert list(results) == ["best", "prune1_remaining_100.0"]
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    np.testing.assert_array_equal(*(scores.rmse for scores in results.values()))
+
+
+def test_switches_switch(folder):
+    plain = go(folder, short_analysis, "analysis.linear=false", "analysis.ceiling=false")["best"]
+    assert tuple(plain.forecast.values) == ("emulator", "persistence", "damped", "climatology")
+    assert math.isnan(plain.attrs["lyapunov_exponent"]) and "ceiling" not in verdict("best", plain).lower()
+    assert go(folder, short_analysis, "analysis.max_leadtime=5")["best"].sizes["lead"] == 5
+    assert go(folder, short_analysis, "analysis.n_ensembles=3")["best"].sizes["start"] == 3
+
+
+def test_small_groups_give_the_same_numbers(folder, monkeypatch):
+    whole = read_short(folder)["best"]
+    shutil.rmtree(folder / "short_analyses"), shutil.rmtree(folder / "baselines")
+    monkeypatch.setattr(chapter, "GROUP", 2 * N**2 * 4 * 16 * 2)  # two starts at a time
+    parts = go(folder)["best"]
+    for name in ("rmse", "acc", "band_rmse", "error_spectrum"):
+        for forecast in [f for f in FORECASTS if f != "linear"]:  # whose modes come from fewer snapshots
+            slack = 1e-2 if forecast in ("emulator", "ceiling") else 1e-4  # rounding and the solver's step depend on the batch
+            np.testing.assert_allclose(parts[name].sel(forecast=forecast), whole[name].sel(forecast=forecast), rtol=slack, atol=slack)
+
+
+def test_several_runs_in_one_go(folder, home):
+    shutil.copytree(folder, folder.parent / "other")
+    path = write(home, "study", 'checkpoint_dir = "."\n')
+    results = go(path)
+    assert list(results) == ["other-best", "vit-best"]
+    np.testing.assert_array_equal(results["other-best"].rmse, results["vit-best"].rmse)
+    alone = go(write(home, "second", f'checkpoint_dir = "{folder}"\n'))
+    assert list(alone) == ["best"]
+    np.testing.assert_allclose(alone["best"].acc, read_short(folder)["best"].acc, atol=1e-6)
+
+
+def test_an_ensemble_scores_as_scoringrules_says(folder):
+    scores = go(folder, short_analysis, "analysis.members=5", "analysis.perturbation=0.5")["best"]
+    assert scores.rank_count.dims == ("lead", "field", "rank") and (scores.rank_count.sum("rank") == STARTS * N * N).all()
+    run = open_run(folder, "short_analysis", ["analysis.members=5"])
+    dataset = open_scored(run)
+    starts = Starts(dataset, start_samples(len(dataset), STARTS), torch.zeros(2, N, N), run.device)
+    emulator = load_emulator(folder / "checkpoints" / "best.tar")
+    group = next(starts.groups())
+    spectrum = 0.25 * chapter.one_step_error(emulator, starts)
+    lead = 4
+    states = list(chapter.ensemble_states(emulator, group, lead, 5, spectrum))[-1].double().numpy()
+    there = group["truth"][:, :, lead - 1].double().numpy()
+    crps = scoringrules.crps_ensemble(there, states, m_axis=1, estimator="fair").mean((-2, -1))
+    np.testing.assert_allclose(scores.crps.sel(lead=lead).values[:, :2], crps, rtol=1e-3)
+    np.testing.assert_allclose(scores.spread.sel(lead=lead).values[:, :2], np.sqrt(states.var(1, ddof=1).mean((-2, -1))), rtol=1e-3)
+    np.testing.assert_allclose(scores.skill.sel(lead=lead).values[:, :2], np.sqrt(((states.mean(1) - there) ** 2).mean((-2, -1))), rtol=1e-3)
+    start = Grid.of(torch.from_numpy(states)).energy_spectrum(torch.from_numpy(states - states.mean(1, keepdims=True)))
+    assert float(start.sum()) > 0
+
+
+def test_starts_of_several_flows_are_advanced_each_by_its_own(home, data):
+    generate(GenerateConfig(data_dir=str(home / "viscous"), Re=40, fky=4, beta=5.0, NX=N, n_frames=20, t_save=0.1, spin_up=5.0))
+    cfg = DatasetConfig(data_dirs=[str(data / "flow"), str(home / "viscous")], frame_range=[[1, 21]], mode="read")
+    dataset = open_dataset(cfg, num_frames=chapter.HISTORY)
+    dataset.targets = 5
+    starts = Starts(dataset, start_samples(len(dataset), 8), torch.zeros(2, N, N), torch.device("cpu"))
+    assert len(set(starts.flows)) == 2
+    group = next(starts.groups())
+    unperturbed = torch.zeros(int(Grid.of(group["x"]).shells.max()) + 1)
+    for lead, state in enumerate(chapter.twin_states(starts, group, unperturbed)):
+        torch.testing.assert_close(state.float(), group["truth"][:, :, lead], atol=1e-3, rtol=0)
+
+
+def test_an_emulator_of_vorticity_is_scored_by_its_velocity(starts):
+    emulator = Emulator(Noisy(0.0), Normaliser([0.0], [1.0]), fields=("omega",), step=0.1)
+    mine = chapter.score_emulator(emulator, starts)
+    still = chapter.score_forecast(starts, "persistence", lambda group: [group["x"][:, :, 0]] * LEADS)
+    np.testing.assert_allclose(mine.rmse[0], still.rmse[0], atol=1e-4)
+
+
+class Noisy(nn.Module):
+    "A generative network: what it adds to the newest frame is drawn anew at every call."
+
+    def __init__(self, size: float, blow_up: float = 0.0):
+        super().__init__()
+        self.config, self.size, self.blow_up = {"img_size": N}, size, blow_up
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z, cond):
+        late = torch.where(z.abs().amax((1, 2, 3, 4), keepdim=True) > self.blow_up, torch.nan, 0.0) if self.blow_up else 0.0
+        return self.size * torch.randn_like(z[:, :, :1]) + late
+
+
+def noisy_emulator(size: float, blow_up: float = 0.0) -> Emulator:
+    return Emulator(Noisy(size, blow_up), Normaliser([0.0, 0.0], [1.0, 1.0]), step=0.1, project=True)
+
+
+@pytest.fixture
+def starts(folder) -> Starts:
+    run = open_run(folder, "short_analysis")
+    dataset = open_scored(run)
+    return Starts(dataset, start_samples(len(dataset), STARTS), chapter.baseline_fits(run).climate, run.device)
+
+
+def test_a_generative_emulator_makes_its_own_members(starts):
+    torch.manual_seed(0)
+    scores = score_ensemble(noisy_emulator(0.1), starts, 4, perturbation=0.0)
+    spread = scores.spread.sel(field=["u", "v"]).mean(("start", "field")).values
+    np.testing.assert_allclose(spread[1:] / spread[0], np.sqrt(np.arange(2, LEADS + 1)), rtol=0.1)  # a random walk
+    with pytest.raises(LabError, match="the 4 members are all the same: .* set analysis.perturbation above 0"):
+        score_ensemble(noisy_emulator(0.0), starts, 4, perturbation=0.0)
+
+
+def test_what_came_before_a_nan_is_kept_and_marked(starts):
+    torch.manual_seed(0)
+    scores = chapter.score_emulator(noisy_emulator(1.0, blow_up=6.0), starts)
+    finite = np.isfinite(scores.rmse.values[0]).all(-1)
+    assert finite[:, 0].all() and not finite[:, -1].all()
+    assert (np.diff(finite.astype(int)) <= 0).all()
+    lost = int(np.where(finite.all(0), LEADS, 0).size - finite.all(0).sum())
+    mean = curve(scores, "rmse")
+    assert np.isfinite(mean[: LEADS - lost]).all() and np.isnan(mean[LEADS - lost :]).all()
+    scores.attrs |= {"threshold": -2.0}
+    assert horizons(scores)[0] == LEADS - lost + 1
+
+
+def test_mistakes_cost_one_line(folder, home):
+    sound = (folder / "config.toml").read_text()
+
+    def fails(message: str, *overrides: str):
+        (folder / "config.toml").write_text(sound)
+        with pytest.raises(LabError, match=message) as error:
+            go(folder, short_analysis, *overrides)
+        assert "\n" not in str(error.value)
+
+    fails(r"max_leadtime = 90 needs 93 frames in a row; the longest range of \[test_dataset\] has 90", "analysis.max_leadtime=90")
+    fails("train_dataset and test_dataset share 10 frames", "test_dataset.trajectories=[2]", "test_dataset.frame_range=[[61, 91]]", "validation_dataset.frame_range=[[51, 61]]")
+    fails("climo_dataset and test_dataset share 31 frames", 'climo_dataset.data_dir="flow"', "climo_dataset.trajectories=[3]", "climo_dataset.frame_range=[[60, 91]]")
+    fails("lyapunov_time = 1 is too short", "analysis.lyapunov_time=1.0")
+    fails("no checkpoint bets in .*; it holds best", 'analysis.checkpoints=["bets"]')
+    fails("holds 2 frames in a row; the forecasts to compare with need 4", "train_dataset.frame_range=[[1, 3]]")
+    generate(GenerateConfig(data_dir=str(home / "fine"), Re=100, fky=4, beta=20.0, NX=32, n_frames=90, t_save=0.1, spin_up=0.5))
+    fails(r"best is of a grid of 16², the frames of \[test_dataset\] of 32²", f'test_dataset.data_dir="{home / "fine"}"', "test_dataset.trajectories=[1]")
+    fails(r"makes steps of 0.2 time units, best takes 0.1", "test_dataset.target_step=2")
+
+
+def test_a_short_training_range_says_where_damping_ends(folder, capsys, monkeypatch):
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
+    scores = go(folder, short_analysis, "train_dataset.frame_range=[[1, 11]]")["best"]
+    assert "holds 10 frames in a row: damped persistence ends at step 7 of 12" in "".join(capsys.readouterr())
+    each = np.isfinite(scores.rmse.sel(forecast="damped")).all(("start", "field")).values
+    assert each[:7].all() and not each[7:].any() and np.isfinite(scores.rmse.sel(forecast="emulator")).all()
+
+
+def synthetic(rng: np.random.Generator, starts: int, memory: float) -> xr.Dataset:
+    "Scores whose ACC is 1 − 0.05 lead on average, with a deviation that is an AR(1) process from start to start."
+    deviation = [rng.normal()]
+    for _ in range(starts - 1):
+        deviation.append(memory * deviation[-1] + math.sqrt(1 - memory**2) * rng.normal())
+    acc = 1 - 0.05 * np.arange(1, 16)[None] + 0.1 * np.array(deviation)[:, None]
+    values = np.repeat(acc[None, :, :, None], 3, -1)
+    return xr.Dataset({name: (("forecast", "start", "lead", "field"), values) for name in ("acc", "rmse")}, {"forecast": ["emulator"], "field": ["u", "v", "omega"], "lead": np.arange(1, 16)}, {"threshold": 0.62})
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.7])
+def test_intervals_hold_the_truth_though_starts_are_dependent(memory, monkeypatch):
+    rng, held, naive, horizon_held, trials = np.random.default_rng(1), 0, 0, 0, 120
+    for _ in range(trials):
+        scores = synthetic(rng, 48, memory)
+        low, high = curve_interval(scores, "acc")
+        held += low[4] <= 0.75 <= high[4]
+        middle, left, right = horizons(scores)
+        horizon_held += left <= 8 <= right  # 1 − 0.05 · 8 = 0.6 is the first below 0.62
+        with monkeypatch.context() as patch:
+            patch.setattr(chapter, "start_block", lambda *args: 1)
+            low, high = curve_interval(scores, "acc")
+            naive += low[4] <= 0.75 <= high[4]
+    assert held >= 0.88 * trials and horizon_held >= 0.88 * trials
+    assert naive < (0.75 if memory else 1.0) * trials + 1
+
+
+def test_too_few_starts_have_no_interval():
+    scores = synthetic(np.random.default_rng(0), 1, 0.0)
+    assert curve_interval(scores, "acc") is None
+    assert all(math.isnan(value) for value in horizons(scores)[1:])
