@@ -37,7 +37,10 @@ outputs: setup ## run every notebook top to bottom and keep its outputs
 
 docs: setup ## the site, in _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "quarto is not on the PATH: install it from https://quarto.org, then make docs"; exit 1; }
-	$(BIN)/nbdev_docs
+	$(BIN)/python tools/site.py docs
+
+docs-check: setup ## every page as plain HTML, in _proc/_html, read for faults (no Quarto needed)
+	$(BIN)/python tools/site.py check
 
 bench: setup ## the benchmarks, one table each
 	for f in benchmarks/bench_*.py; do $(BIN)/python $$f || exit 1; done

@@ -1,5 +1,6 @@
-"""What every test shares: one thread, no progress bars, and the way to real Py2D output."""
+"""What every test shares: one thread, no progress bars, the way to real Py2D output, and a browser."""
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,8 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def real_py2d() -> Path | None:
@@ -25,3 +28,16 @@ def py2d_data() -> Path:
     if folder is None:
         pytest.skip("no real Py2D output: set TURBVIT_PY2D to its folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless browser; the test is skipped where none is installed."
+    if BROWSER is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield opened
+        opened.close()
