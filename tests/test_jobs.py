@@ -115,7 +115,7 @@ def one_line(result, *wanted: str) -> str:
 def test_bare_command_explains_itself():
     result = turbvit()
     assert result.exit_code == 0
-    for word in ("generate", "pack", "run 02_train", "--set", "resume", "status", "gif", "demo"):
+    for word in ("generate", "pack", "run 02_train", "--set", "resume", "status", "gif", "explore", "demo"):
         assert word in result.output
 
 
@@ -357,8 +357,8 @@ def test_rollouts_resume_to_the_same_bits(place, straight):
 def test_status_and_gif(place, straight):
     result = turbvit("status")
     assert result.exit_code == 0 and "straight" in result.output and "done" in result.output
-    result = turbvit("gif", straight, "-o", place / "moving.gif")
-    assert result.exit_code == 0 and (place / "moving.gif").stat().st_size < 3_000_000, result.output
+    result = turbvit("gif", straight, "-o", place / "moving.mp4", "--error")
+    assert result.exit_code == 0 and (place / "moving.mp4").stat().st_size < 3_000_000, result.output
 
 
 def test_demo_from_data_to_table(place):
@@ -368,7 +368,7 @@ def test_demo_from_data_to_table(place):
     for name in ("02_train", "03_prune", "04_inference", "05_short_analysis", "06_long_analysis", "07_compare"):
         assert (run / f"{name}.ipynb").exists() and (run / f"{name}.html").exists() and str(run / f"{name}.html") in result.output
     assert all(entry["state"] == "done" for entry in stages(run).values())
-    assert (run / "demo.gif").stat().st_size < 3_000_000
+    assert all(0 < (run / name).stat().st_size < 3_000_000 for name in ("demo.gif", "demo.mp4"))
     for name in ("ViT, dense", "ViT, 50 % of the weights", "UNet, dense", "persistence"):
         assert name in result.output
     again = turbvit("demo", "--smoke")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InferenceConfig', 'Limits', 'extremes', 'broken', 'as_velocity', 'RolloutWriter', 'Rollout', 'open_rollout',
            'open_rollouts', 'start_data', 'choose_starts', 'climate_limits', 'choose_checkpoints', 'Forecast',
-           'make_gif', 'infer', 'run_gif']
+           'make_movie', 'infer', 'run_panels', 'shown_steps', 'run_movie']
 
 # %% ../nbs/04_inference.ipynb #d071b97c
 import hashlib
@@ -15,11 +15,14 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from fastcore.basics import patch
+from IPython.display import Markdown
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
@@ -422,7 +425,7 @@ def _frames(
     size: int,
     colours: int,
 ) -> Iterator[Image.Image]:
-    "The pictures of `make_gif`."
+    "The pictures of `make_movie`."
     fields = [_indices(omega, size, limit, colours) for omega in panels.values()]
     sheet, width = _background(list(panels), limit, size, colours), len(panels) * (size + _GAP)
     for i, t in enumerate(times):
@@ -435,28 +438,59 @@ def _frames(
         yield image
 
 # %% ../nbs/04_inference.ipynb #0554f248
-def make_gif(
-    path: str | Path,
+def _write_gif(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
+    "An endless GIF."
+    first, *rest = pictures
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False)
+
+
+def _write_mp4(
+    path: Path,
+    pictures: Sequence[Image.Image],  # of even sides
+    fps: float,
+    crf: int,  # constant rate factor of x264: 18 looks lossless, 6 more halve the size
+) -> None:
+    "An H.264 film that starts to play before it is loaded."
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(100), options={"crf": str(crf), "threads": "1"})
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            film.mux(stream.encode(av.VideoFrame.from_image(picture.convert("RGB"))))
+        film.mux(stream.encode())
+
+# %% ../nbs/04_inference.ipynb #aeedd176
+_TRIES = {  # suffix: (scale, colours of the map, crf)
+    ".gif": ((1, 63, 0), (1, 31, 0), (1, 15, 0), (5 / 6, 15, 0), (2 / 3, 15, 0), (1 / 2, 15, 0), (1 / 3, 11, 0)),
+    ".mp4": ((1, 239, 18), (1, 239, 24), (1, 239, 30), (2 / 3, 239, 30), (1 / 2, 239, 34)),
+}
+
+# %% ../nbs/04_inference.ipynb #481ab3bd
+def make_movie(
+    path: str | Path,  # ends in .gif or .mp4
     panels: Mapping[str, np.ndarray],  # label: vorticity (steps, N, N), axes step, x, y; a NaN is drawn as 0
     times: Sequence[float] | None = None,  # of the steps, in time units; default: their numbers
     limit: float | None = None,  # colours run over ±limit; default: from the first panel
-    size: int = 192,  # pixels per panel, even
+    size: int = 192,  # pixels per panel
     fps: float = 12.5,  # pictures per second
     max_bytes: int = 3_000_000,
 ) -> Path:  # of the file
-    "Write panels side by side as a GIF of at most `max_bytes`, on one colour scale."
-    if len(lengths := {len(omega) for omega in panels.values()}) != 1:
+    "Write panels side by side as a GIF or an MP4 of at most `max_bytes`, on one colour scale."
+    path, lengths = Path(path), {len(omega) for omega in panels.values()}
+    if path.suffix not in _TRIES:
+        raise LabError(f"{path}: a moving picture ends in {' or '.join(_TRIES)}")
+    if len(lengths) != 1:
         raise LabError(f"the panels of {path} have different numbers of steps: {sorted(lengths)}")
     limit = limit or shared_limit([next(iter(panels.values()))])
     times = range(1, lengths.pop() + 1) if times is None else times
-    for scale, colours in ((1, 63), (1, 31), (1, 15), (5 / 6, 15), (2 / 3, 15), (1 / 2, 15), (1 / 3, 11)):
-        first, *rest = _frames(panels, times, limit, 2 * round(size * scale / 2), colours)
+    for scale, colours, crf in _TRIES[path.suffix]:
+        pictures = list(_frames(panels, times, limit, 2 * round(size * scale / 2), colours))
         with atomic(path) as part:
-            first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False)
+            _write_gif(part, pictures, fps) if path.suffix == ".gif" else _write_mp4(part, pictures, fps, crf)
             small = part.stat().st_size <= max_bytes
         if small:
             break
-    return Path(path)
+    return path
 
 # %% ../nbs/04_inference.ipynb #e569ce1e
 def _header(
@@ -527,25 +561,56 @@ def vorticity(
     return Grid.of(uv).vorticity(uv).numpy()
 
 # %% ../nbs/04_inference.ipynb #1e48231f
-def run_gif(
+def run_panels(
+    chosen: Mapping[str, Rollout],  # title: the rollout of a checkpoint, all from one start
+    steps: np.ndarray,  # to be shown
+    error: bool,  # also rollout − truth
+) -> dict[str, np.ndarray]:  # title: vorticity (steps, N, N)
+    "The panels of `run_movie`: truth as far as it is known, rollouts, errors."
+    longest = max(chosen.values(), key=len)
+    known = np.isin(steps, longest.followed).all()
+    panels = {"truth": longest.truth(steps)} if known else {}
+    rolled = {title: one.vorticity(np.minimum(steps, one.steps[-1])) for title, one in chosen.items()}
+    if error and not known:
+        raise LabError(f"{longest.path}: the data end before the rollout's steps do, so there is no error to show")
+    return panels | rolled | ({f"{title} − truth": omega - panels["truth"] for title, omega in rolled.items()} if error else {})
+
+
+def _title(checkpoint: str) -> str:
+    "A checkpoint's name over a panel: dense, or the share of its weights."
+    if checkpoint.startswith("prune"):
+        return f"{float(checkpoint.rsplit('_', 1)[1]):g} % of the weights"
+    return {"best": "dense"}.get(checkpoint, checkpoint)
+
+
+def shown_steps(rollout: Rollout, pictures: int, stride: int | None) -> np.ndarray:
+    "The steps to show: `stride` apart from the first on, or spread over all whose truth is known, over all where none is."
+    steps = rollout.followed if len(rollout.followed) else rollout.steps
+    if stride:
+        return steps[::stride][:pictures]
+    return steps[np.linspace(0, len(steps) - 1, min(pictures, len(steps))).round().astype(int)]
+
+# %% ../nbs/04_inference.ipynb #ba801412
+def run_movie(
     folder: str | Path,  # a run folder
-    path: str | Path | None = None,  # default: <run>/<name of the run>.gif
+    path: str | Path | None = None,  # ends in .gif or .mp4; default: <run>/<name of the run>.gif
     labels: Mapping[str, str] | None = None,  # checkpoint: its title; default: the first and the last checkpoint
     start: int = 0,  # which start, counted from 0
     frames: int = 100,  # pictures at most
-    **look,  # `size`, `fps`, `max_bytes` of `make_gif`
-) -> Path:  # of the GIF
-    "Truth beside the rollouts of a run, as a GIF."
+    stride: int | None = None,  # states on disk from picture to picture; default: so that `frames` show the whole record
+    error: bool = False,  # also what each gets wrong
+    **look,  # `size`, `fps`, `max_bytes` of `make_movie`
+) -> Path:  # of the file
+    "Truth beside the rollouts of a run, as a GIF or an MP4."
     folder, found = Path(folder), open_rollouts(folder)
     if not found:
         raise LabError(f"{folder} holds no rollouts; run 04_inference first")
-    labels = labels or {name: name for name in dict.fromkeys([next(iter(found)), list(found)[-1]])}
+    labels = labels or {name: _title(name) for name in dict.fromkeys([next(iter(found)), list(found)[-1]])}
     if missing := [name for name in labels if name not in found]:
         raise LabError(f"{folder} has no rollout of {missing[0]}; there are: {', '.join(found)}")
+    if start >= min(len(found[name]) for name in labels):
+        raise LabError(f"{folder} has no start {start}: its rollouts have {min(len(found[name]) for name in labels)}, counted from 0")
     chosen = {label: found[name][start] for name, label in labels.items()}
     longest = max(chosen.values(), key=len)
-    steps = longest.followed if len(longest.followed) else longest.steps
-    steps = steps[np.linspace(0, len(steps) - 1, min(frames, len(steps))).round().astype(int)]
-    panels = {"truth": longest.truth(steps)} if len(longest.followed) else {}
-    panels |= {label: one.vorticity(np.minimum(steps, one.steps[-1])) for label, one in chosen.items()}
-    return make_gif(path or folder / f"{folder.name}.gif", panels, times=steps * longest.step, **look)
+    steps = shown_steps(longest, frames, stride)
+    return make_movie(path or folder / f"{folder.name}.gif", run_panels(chosen, steps, error), times=steps * longest.step, **look)

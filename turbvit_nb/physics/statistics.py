@@ -67,11 +67,27 @@ def effective_size(
     return (series.shape[-1] / decorrelation_time(series)).clamp(min=1)
 
 # %% ../../nbs/physics/04_statistics.ipynb #236b4010
-def _record_error(series: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Mean of one record (…, n), its standard error and the degrees of freedom of that, each (…)."
-    series = torch.as_tensor(series).double()
+def _windowed(series: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Mean of one record (…, n), its standard error by the window's autocorrelation time and the degrees of freedom of that, each (…)."
     (time, window, _), n = _memory(series), series.shape[-1]
     return series.mean(-1), (series.var(-1, correction=0) * time / n).sqrt(), (n / (2 * window + 1)).clamp(min=1)
+
+# %% ../../nbs/physics/04_statistics.ipynb #8922e21c
+def _exceeds(one: Tensor, freedom_one: float, other: Tensor, freedom_other: Tensor) -> Tensor:
+    "p-value of variance `one` being larger than `other` by chance (F test)."
+    ratio = (one / other.clamp(min=1e-300)).cpu().numpy()
+    return torch.as_tensor(stats.f.sf(ratio, freedom_one, freedom_other.cpu().numpy())).to(one)
+
+
+def _record_error(series: Tensor, parts: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    "Mean of one record (…, n), its standard error and the degrees of freedom of that, each (…)."
+    series = torch.as_tensor(series).double()
+    (mean, error, freedom), n = _windowed(series), series.shape[-1]
+    if n < 8 * parts:
+        return mean, error, freedom
+    coarse = series[..., : n // parts * parts].unflatten(-1, (parts, -1)).mean(-1).var(-1) / parts
+    slow = _exceeds(coarse, parts - 1, error**2, freedom) < 0.3
+    return mean, torch.where(slow, coarse.sqrt(), error), torch.where(slow, parts - 1.0, freedom)
 
 # %% ../../nbs/physics/04_statistics.ipynb #ed6c6d32
 def _between(records: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -89,8 +105,8 @@ def record_agreement(
     records: Sequence[Tensor],  # (…, n_i) of one process, two or more
 ) -> Tensor:
     "p-value (…) of the records having one mean, by an F test: small where they differ by more than the memory within them explains."
-    _, within, between, freedom = (t.cpu().numpy() for t in _between(records))
-    return torch.as_tensor(stats.f.sf(between / within.clip(1e-300), len(records) - 1, freedom))
+    _, within, between, freedom = _between(records)
+    return _exceeds(between, len(records) - 1, within, freedom)
 
 # %% ../../nbs/physics/04_statistics.ipynb #b09775f8
 def mean_error(
@@ -100,7 +116,7 @@ def mean_error(
     if isinstance(series, Tensor) or len(series) == 1:
         return _record_error(series if isinstance(series, Tensor) else series[0])
     mean, within, between, freedom = _between(series)
-    differ = (record_agreement(series) < 0.05).to(mean.device)
+    differ = _exceeds(between, len(series) - 1, within, freedom) < 0.05
     return mean, torch.where(differ, between, within).sqrt(), torch.where(differ, len(series) - 1.0, freedom)
 
 
