@@ -147,7 +147,7 @@ def curves(
     for name, (low, high) in bands.items():
         x = np.asarray(lines[name][0], float)
         shade = hv.Area((x, np.asarray(low, float), np.asarray(high, float)), xlabel, [ylabel, "upper"])
-        parts.append(shade.opts(color=style[name]["color"], alpha=0.18, linewidth=0))
+        parts.append(shade.opts(facecolor=style[name]["color"], alpha=0.18, linewidth=0))
     for name, (x, y) in lines.items():
         parts.append(hv.Curve((np.asarray(x, float), np.asarray(y, float)), xlabel, ylabel, label=name).opts(**style[name]))
     if level is not None:
