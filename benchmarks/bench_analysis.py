@@ -1,59 +1,121 @@
 """Speed and memory of the long analysis, beside reading and one FFT per frame.
 
-    python benchmarks/bench_analysis.py                         # 64², 1,000 to 16,000 frames, all diagnostics
-    python benchmarks/bench_analysis.py --size 256 --frames 256
+    python benchmarks/bench_analysis.py                         # 64² and 256², Py2D's files, packed stores and rollouts
+    python benchmarks/bench_analysis.py --memory                # 1,000 to 100,000 frames of 64²
+    python benchmarks/bench_analysis.py --sizes 64 --each       # and every diagnostic alone
 
-A packed store is made and read again and again as so many records, so that the length can grow without the disk. The ratio is the
-time of reading and one real FFT per frame over that of the whole analysis; memory is the peak resident set of the process so far.
+The floor is reading every frame and one real FFT of what was read, in pieces that fit the cache: in double precision, and in the single
+precision that the frames are stored in. Floor and analysis take turns in one process, on one thread, and the least CPU time of several
+rounds counts, because other processes only ever add to it. Memory is the resident set after each pass, and the peak.
 """
 import argparse
+import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fields import packed_run
-from turbvit_nb.long_analysis import Setting, accumulate, climate_dataset, switched_on, truth_record
-from turbvit_nb.physics.py2d import open_store
+from turbvit_nb.inference import RolloutWriter, open_rollout
+from turbvit_nb.long_analysis import Record, Setting, accumulate, block_frames, climate_dataset, rollout_record, switched_on, truth_record
+from turbvit_nb.physics.py2d import Regime, TreeWriter, find_runs, open_store
+from turbvit_nb.physics.spectral import grid
 from turbvit_nb.short_analysis import AnalysisConfig
 
+POINTS = 2**18  # of one field in a piece, as in the analysis
 
-def floor(records) -> float:
-    "Seconds to read every frame and transform it once."
-    start = time.process_time()
+
+def floor(records: Sequence[Record], dtype: torch.dtype) -> None:
+    "Read every frame and transform it once."
     for record in records:
-        for a in range(0, len(record), 64):
-            torch.fft.rfft2(record.read(a, min(a + 64, len(record)))["vorticity"].double())
+        size = max(1, POINTS // record.side**2)
+        for a in range(0, len(record), size):
+            torch.fft.rfft2(next(iter(record.read(a, min(a + size, len(record))).values())).to(dtype))
+
+
+def seconds(job: Callable) -> float:
+    "CPU time of a job, that of the system included."
+    start = time.process_time()
+    job()
     return time.process_time() - start
+
+
+def sources(folder: Path, side: int, frames: int) -> dict[str, Record]:
+    "The same frames as Py2D writes them, packed, and as a rollout."
+    packed = open_store(packed_run(folder / "packed", side, frames))
+    regime, writer = packed.regime, TreeWriter(folder / "tree", packed.regime)
+    rollout = RolloutWriter(folder / "rollout" / "1", {"axes": ["step", "field", "x", "y"], "step": 0.06})
+    for n in packed.frames:
+        omega = packed.read([n], np.float64)[0]
+        writer.append(0.06 * n, omega)
+        rollout.append(int(n), grid(side).velocity(torch.from_numpy(omega)).numpy())
+        if n % 50 == 0:
+            rollout.flush()
+    rollout.flush(), rollout.describe("done", frames)
+    tree = open_store(find_runs(writer.finish())[0])
+    return {".mat": truth_record(tree, tree.frames), "packed": truth_record(packed, packed.frames), "rollout": rollout_record(open_rollout(folder / "rollout" / "1"))}
+
+
+def setting_for(records: Sequence[Record]) -> Setting:
+    "All default switches."
+    side = records[0].side
+    regime = Regime(1000, 0, 4, 0.1, 20.0, NX=side)
+    return Setting(AnalysisConfig(), 0.06, torch.zeros(3, side, side), {"u": 20.0, "omega": 100.0}, block_frames(records), regime=regime, patch_size=side // 16)
+
+
+def speed(side: int, frames: int, rounds: int, each: bool) -> None:
+    "A line per kind of file."
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, record in sources(Path(folder), side, frames).items():
+            setting = setting_for([record])
+            jobs = {"read": lambda: [record.read(a, min(a + 16, frames)) for a in range(0, frames, 16)], "f64": lambda: floor([record], torch.float64)}
+            jobs |= {"f32": lambda: floor([record], torch.float32), "all": lambda: accumulate([record], setting)}
+            jobs |= {name: lambda name=name: accumulate([record], setting, [name]) for name in switched_on(setting.config)} if each else {}
+            took = {name: min(times) for name, times in zip(jobs, zip(*[[seconds(job) / frames * 1e6 for job in jobs.values()] for _ in range(rounds)]))}
+            shown = "  ".join(f"{took[name]:8.1f}" for name in ("read", "f64", "f32", "all"))
+            print(f"{side:4}² {kind:>8}  {shown}   {took['f64'] / took['all']:5.2f} {took['f32'] / took['all']:5.2f}", flush=True)
+            for name in switched_on(setting.config) if each else ():
+                print(f"{name:>32} {took[name]:8.1f}")
+
+
+def resident() -> float:
+    "MiB of this process in memory now."
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def memory(lengths: Sequence[int]) -> None:
+    "A line per length: one record, made of the same 500 frames read again and again."
+    print(f"{'frames':>8} {'after the pass':>15} {'after the result':>17} {'peak':>9}   MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(packed_run(Path(folder), 64, 500))
+        for length in lengths:
+            read = lambda a, b: {"vorticity": torch.from_numpy(store.read(np.arange(a, b) % 500 + 1))}
+            records = [Record("again", 0.06 * np.arange(1, length + 1), read, str)]
+            diagnostics = accumulate(records, setting_for(records))
+            after = resident()
+            climate_dataset(diagnostics, records)
+            print(f"{length:8,} {after:15.0f} {resident():17.0f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:9.0f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--frames", type=int, default=1000, help="frames of the store, and of a record")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 4, 16], help="records per analysis")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--frames", type=int, default=None, help="frames of a source; default as many as make 32 MiB in single precision")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", action="store_true", help="also every diagnostic alone")
+    parser.add_argument("--memory", action="store_true", help="memory at 10³, 10⁴ and 10⁵ frames instead")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        store = open_store(packed_run(Path(folder), args.size, args.frames))
-        setting = Setting(AnalysisConfig(), 0.06, torch.zeros(3, args.size, args.size), {"u": 10.0, "omega": 50.0})
-        accumulate([truth_record(store, store.frames[:64])], setting)
-        print(f"{'frames':>9} {'read + FFT':>12} {'analysis':>12} {'ratio':>6} {'peak MiB':>9}   ({args.size}², CPU seconds; frames/s in the analysis)")
-        for repeats in args.repeats:
-            records = [truth_record(store, store.frames)] * repeats
-            least, start = floor(records), time.process_time()
-            climate_dataset(accumulate(records, setting), records)
-            spent = time.process_time() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{repeats * args.frames:9,} {least:11.2f}s {spent:11.2f}s {least / spent:6.2f} {peak:9.0f}   {repeats * args.frames / spent:,.0f}/s")
-        for name in switched_on(setting.config) if args.each else ():
-            start = time.process_time()
-            accumulate([truth_record(store, store.frames)], setting, [name])
-            print(f"{name:>24} {time.process_time() - start:.2f}s")
+    torch.set_num_threads(1)
+    if args.memory:
+        return memory([1000, 10_000, 100_000])
+    print("              µs of CPU per frame                        floor / analysis")
+    print("                 read   + FFT 64  + FFT 32  analysis     64    32")
+    for side in args.sizes:
+        speed(side, args.frames or 2**23 // side**2, args.rounds, args.each)
 
 
 if __name__ == "__main__":

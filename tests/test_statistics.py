@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.tsa.arima_process import ArmaProcess
 
-from turbvit_nb.physics.budgets import Budgets, SymmetryTest, artefact_score, blow_up_time, right_hand_side, stationarity
+from turbvit_nb.physics.budgets import Budgets, SymmetryTest, artefact_score, blow_up_time, stationarity
 from turbvit_nb.physics.metrics import autocorrelation
 from turbvit_nb.physics.py2d import Regime, find_runs, open_store
 from turbvit_nb.physics.solver import Solver, random_vorticity
 from turbvit_nb.physics.spectral import grid
 from turbvit_nb.physics.statistics import (BlockMeans, autocorrelation_band, bartlett_error, block_bootstrap, block_length,
                                            block_replicates, decluster, decorrelation_time, difference_interval, event_periods,
-                                           extremal_index, fit_gev, fit_gpd, gev_band, gpd_band, mean_interval, return_level)
+                                           extremal_index, fit_gev, fit_gpd, gev_band, gpd_band, mean_interval, record_agreement, return_level)
 
 PROCESSES = {  # coefficients of the autoregression, samples per series
     "white": ([1.0], 100),
@@ -182,15 +182,15 @@ def test_return_periods_do_not_know_the_sampling_interval():
     assert extremal_index(fine, 2.0) < extremal_index(fine[::8], 2.0) / 4
 
 
-@pytest.mark.parametrize("shape", [-0.2, 0.0, 0.2])
+@pytest.mark.parametrize("shape", [-0.2, 0.2])
 def test_return_bands_cover(shape):
     aims, inside = torch.tensor([20.0, 100.0], dtype=torch.float64), []
     truth = torch.tensor(scipy.stats.genpareto.isf(1 / (0.5 * aims.numpy()), shape, 5))
-    for seed in range(80):
+    for seed in range(60):
         rng = np.random.default_rng(seed)
         clock = np.sort(rng.uniform(0, 200, rng.poisson(100)))
         peaks = 5 + torch.tensor(scipy.stats.genpareto.rvs(shape, size=len(clock), random_state=rng))
-        band = gpd_band(clock, peaks, 5.0, 200.0, aims, resamples=200)
+        band = gpd_band(clock, peaks, 5.0, 200.0, aims, resamples=150)
         inside.append([share((band["low"][i], band["high"][i]), truth[i]) for i in range(2)])
     assert np.mean(inside, 0)[0] > 0.88 and np.mean(inside, 0)[1] > 0.82
 
@@ -221,67 +221,91 @@ def test_fits_find_a_better_likelihood_than_scipy_or_the_same(seed):
 
 # The solver's own climate ---------------------------------------------------------------------------------------------
 
-SMALL = Regime(Re=100, fkx=0, fky=2, alpha=0.1, beta=5, NX=16)
+SMALL = Regime(Re=100, fkx=0, fky=2, alpha=0.1, beta=0, NX=16)
 
 
-@pytest.fixture(scope="module")
-def climates():
-    "Energy, enstrophy and U(y) of 80 independent flows, (80, 18, 1600), 0.2 apart."
-    solver, g = Solver(SMALL, random_vorticity(16, 80, seed=0), workers=1), grid(16)
+def climates(regime: Regime, flows: int = 48, time: float = 240.0) -> torch.Tensor:
+    "Energy, enstrophy and U(y) of independent flows, (flows, 18, frames), 0.4 apart."
+    solver, g = Solver(regime, random_vorticity(16, flows, seed=0), workers=1), grid(16)
     solver.advance(60.0)
     rows = []
-    for _, omega in solver.run(320.0, 0.2):
+    for _, omega in solver.run(time, 0.4):
         rows.append(torch.cat([g.energy(omega)[:, None], g.enstrophy(omega)[:, None], g.velocity(omega)[:, 0].mean(-2)], 1))
     return torch.stack(rows, -1)
 
 
-def test_halves_of_the_truth_agree_as_often_as_the_intervals_claim(climates):
-    one, other = climates[..., :800], climates[..., 800:]
-    low, high = difference_interval(one, other)
-    agree = ((low <= 0) & (0 <= high)).double()
-    assert 0.90 <= float(agree.mean()) <= 0.985, agree.mean(0)
-    naive = ((one.var(-1) + other.var(-1)) / 800).sqrt() * 1.96
+def others_mean(means: torch.Tensor) -> torch.Tensor:
+    return (means.sum(0) - means) / (len(means) - 1)
+
+
+@pytest.fixture(scope="module")
+def mixing():
+    return climates(Regime(Re=100, fkx=3, fky=3, alpha=0.1, beta=1, NX=16))
+
+
+@pytest.fixture(scope="module")
+def symmetric():
+    return climates(SMALL)
+
+
+@pytest.fixture(scope="module")
+def settled():
+    "A flow that stays in one of several states for longer than the records."
+    return climates(Regime(Re=100, fkx=2, fky=3, alpha=0.2, beta=2, NX=16))
+
+
+def test_halves_of_the_truth_agree_as_often_as_the_intervals_claim(mixing):
+    half = mixing.shape[-1] // 2
+    one, other = mixing[..., :half], mixing[..., half:]
+    assert 0.90 <= share(difference_interval(one, other), 0.0) <= 0.99
+    naive = ((one.var(-1) + other.var(-1)) / half).sqrt() * 1.96
     assert float(((one.mean(-1) - other.mean(-1)).abs() <= naive).double().mean()) < 0.6
 
 
-def test_one_climate_holds_the_mean_of_the_others(climates):
-    means = climates.mean(-1)
-    others = (means.sum(0) - means) / (len(means) - 1)
-    assert 0.90 <= share(mean_interval(climates), others) <= 0.985
+def test_one_climate_holds_the_mean_of_the_others(mixing):
+    assert 0.90 <= share(mean_interval(mixing), others_mean(mixing.mean(-1))) <= 0.99
 
 
-def test_the_solver_is_symmetric_and_does_not_drift(climates):
-    p = torch.stack([SymmetryTest(SMALL, 200).update(c[2:].T, 0).result(draws=200)["p_value"] for c in climates])
-    assert float((p <= 0.05).double().mean()) <= 0.14
-    assert 0.3 < float(p.median()) < 0.7
-    clock = torch.arange(1600) * 0.2
-    verdicts = [stationarity([(clock, c[row])]).verdict for c in climates for row in (0, 1)]
-    assert verdicts.count("drifts") <= 0.03 * len(verdicts)
+def test_groups_of_records_that_sit_in_different_states_agree_where_single_records_do_not(settled):
+    alone = share(difference_interval(settled[:24], settled[24:]), 0.0)
+    pairs = itertools.combinations([list(group) for group in settled.unflatten(0, (6, 8))], 2)
+    together = [share(difference_interval(one, other), 0.0) for one, other in pairs]
+    assert alone < 0.75 and np.mean(together) > 0.88
+    assert float((record_agreement(list(settled)) < 0.05).double().mean()) > 0.8
 
 
-def test_a_tilted_climate_is_called_asymmetric(climates):
-    y = torch.arange(16) * 2 * math.pi / 16
-    tilt = 0.3 * climates[:, 2:].std() * torch.cos(y)
-    p = torch.stack([SymmetryTest(SMALL, 200).update(c[2:].T + tilt, 0).result(draws=200)["p_value"] for c in climates])
-    assert float((p <= 0.05).double().mean()) > 0.5
+def test_the_solver_is_symmetric_and_does_not_drift(symmetric):
+    groups, frames = symmetric.unflatten(0, (12, 4)), symmetric.shape[-1]
+    p = torch.stack([SymmetryTest(SMALL, frames // 4).update(g[:, 2:].mT.flatten(0, 1), 0).result(draws=200)["p_value"] for g in groups])
+    assert int((p <= 0.05).sum()) <= 2 and p.median() > 0.15
+    clock = torch.arange(frames) * 0.4
+    verdicts = [stationarity([(clock, c[row])]).verdict for c in symmetric for row in (0, 1)]
+    assert verdicts.count("drifts") <= 0.05 * len(verdicts)
+
+
+def test_a_tilted_climate_is_called_asymmetric(symmetric):
+    tilt = 0.5 * symmetric[:, 2:].std() * torch.cos(torch.arange(16) * 2 * math.pi / 16)
+    groups, frames = symmetric.unflatten(0, (12, 4)), symmetric.shape[-1]
+    p = torch.stack([SymmetryTest(SMALL, frames // 4).update(g[:, 2:].mT.flatten(0, 1) + tilt, 0).result(draws=200)["p_value"] for g in groups])
+    assert int((p <= 0.05).sum()) >= 9
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
 
-def test_budgets_close_on_frames_that_py2d_wrote(py2d_data):
-    "2000 frames of real output: what is left over is a small part of the largest term."
+def test_budgets_of_frames_that_py2d_wrote_lack_what_its_euler_step_adds(py2d_data):
+    "Forward Euler on the β term makes the modes of frequency σ gain energy at the rate dt·σ² (formats.md), which no term of the equation has."
     store = open_store(find_runs(py2d_data / "results")[0])
     regime, g = store.regime, grid(store.regime.NX)
-    numbers = np.arange(1, len(store) + 1)
-    step = float(store.times[1] - store.times[0])
-    budgets = Budgets(regime, step, 200)
-    for part in np.array_split(numbers, 8):
+    budgets, gain = Budgets(regime, float(store.times[1] - store.times[0]), 200), []
+    for part in np.array_split(store.frames, 8):
         omega = torch.as_tensor(store.read(part, dtype=np.float64))
         budgets.update(g.transform(omega), g.velocity(omega), int(part[0]))
-    found = budgets.result()
-    for budget in ("energy", "enstrophy", "momentum"):
-        left, forcing = (found[f"{budget} {term}"]["mean"].abs().max() for term in ("residual", "forcing"))
-        assert left < 2e-3 * forcing, (budget, float(left / forcing))
+        rate = regime.dt * (regime.beta * g.kx * g.inverse_k2) ** 2 * g.power(omega) / 2
+        gain.append(torch.stack([(rate * g.inverse_k2).sum((-2, -1)), rate.sum((-2, -1))], 1))
+    found, (energy, enstrophy) = budgets.result(), torch.cat(gain).mean(0)
+    assert found["energy residual"]["mean"] == pytest.approx(float(energy), rel=0.05)
+    assert abs(found["enstrophy residual"]["mean"] - enstrophy) < 5e-3 * found["enstrophy forcing"]["mean"]
+    assert found["momentum residual"]["mean"].abs().max() < 2e-3
 
 
 @settings(max_examples=25, deadline=None)
@@ -322,7 +346,7 @@ def test_laminar_flow_balances_exactly():
 
 def test_real_flow_has_no_outlines_of_patches(py2d_data):
     store = open_store(find_runs(py2d_data / "results")[0])
-    omega = torch.as_tensor(store.read(np.arange(1, len(store) + 1, 20), dtype=np.float64))
+    omega = torch.as_tensor(store.read(store.frames[::20], dtype=np.float64))
     power = grid(64).power(omega).mean(0)
     for patch_size in (4, 8, 16):
         assert 0.8 < artefact_score(power, patch_size, store.regime) < 1.15

@@ -221,9 +221,15 @@ class Frames:
         "What was read, (n, 1 or 2, N, N)."
         return self.velocity if self.velocity is not None else self.vorticity[:, None]
 
-    @property
+    @cached_property
     def side(self) -> int:
+        "Points per side."
         return self.given.shape[-1]
+
+    @cached_property
+    def rows_type(self) -> np.dtype:
+        "The precision of the frames."
+        return np.dtype(np.float32 if self.given.dtype == torch.float32 else np.float64)
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -279,7 +285,7 @@ def omega(self: Frames) -> Tensor:
 @patch
 def rows(self: Frames, name: str) -> np.ndarray:
     "u, v or ω as rows (n, N²)."
-    return _rows(getattr(self, name))
+    return self._once(f"{name} rows", lambda: _rows(getattr(self, name)))
 
 
 @patch
@@ -326,27 +332,29 @@ def omega_total(self: Frames) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _profile_matrix(
+def _profile_factors(
     N: int,
-    given: str,  # "vorticity" or "velocity"
-) -> Tensor:
-    "What turns the real and imaginary parts of the coefficients with kx = 0, (n, C·2·(N/2+1)), into the means over x of u, v and ω, (n, 3·N)."
-    waves, half = grid(N), N // 2 + 1
-    parts = torch.eye(2 * half, dtype=torch.float64).view(2 * half, half, 2) / N**2
-    a = torch.view_as_complex(parts.contiguous())
-    ky, none = waves.ky[0] * waves.inside[0], torch.zeros_like(a)
-    if given == "vorticity":
-        columns = [[1j * ky * waves.inverse_k2[0] * a, none, a]]
-    else:
-        columns = [[a, none, -1j * ky * a], [none, a, none]]
-    return torch.cat([torch.fft.irfft(torch.stack(c, 1), N, norm="forward").flatten(1) for c in columns])
+    dtype: torch.dtype,  # of the frames
+) -> dict[str, Tensor]:
+    "What turns the coefficients with kx = 0 of what was read, (n, C, 1, N/2+1), into those of the profiles of u, v and ω: (C, 3, N/2+1)."
+    ky, lift = grid(N).ky[0] * grid(N).inside[0], grid(N).inverse_k2[0]
+    one, none = torch.ones_like(ky, dtype=torch.complex128), torch.zeros_like(ky, dtype=torch.complex128)
+    rows = {"vorticity": [[1j * ky * lift, none, one]], "velocity": [[one, none, -1j * ky], [none, one, none]]}
+    single = torch.complex64 if dtype == torch.float32 else torch.complex128
+    return {name: torch.stack([torch.stack(row) for row in parts]).to(single) / N**2 for name, parts in rows.items()}
 
 
 @patch(as_prop=True)
-def profiles(self: Frames) -> Tensor:
+def profiles(self: Frames) -> np.ndarray:
     "Means over x of u, v and ω, (n, 3, N), float64."
-    parts = lambda: torch.view_as_real(self.coefficients[:, :, 0]).flatten(1).double()
-    return self._once("profiles", lambda: (parts() @ _profile_matrix(self.side, "vorticity" if self.velocity is None else "velocity")).view(len(self), 3, -1))
+    return self._once("profiles", self._make_profiles)
+
+
+@patch
+def _make_profiles(self: Frames) -> np.ndarray:
+    given = "vorticity" if self.velocity is None else "velocity"
+    rows = self.coefficients[:, :, :1] * _profile_factors(self.side, self.given.dtype)[given]
+    return torch.fft.irfft(rows.sum(1) if given == "velocity" else rows[:, 0], self.side, norm="forward").double().numpy()
 
 
 @patch
@@ -445,12 +453,12 @@ def add_to_block(self: Diagnostic, name: str, key: tuple[int, int], count: int, 
 
 
 @patch
-def append(self: Diagnostic, name: str, record: int, start: int, rows: Tensor | np.ndarray) -> None:
+def append(self: Diagnostic, name: str, record: int, start: int, rows: np.ndarray) -> None:
     "Add a row for every frame to a series."
     kept = self.series.setdefault(name, {})
     if record not in kept:
         kept[record] = Spool()
-    kept[record].append(start, np.asarray(rows))
+    kept[record].append(start, rows)
 
 
 @patch
@@ -545,12 +553,12 @@ class ZonalMean(Diagnostic, switch="zonal_mean"):
     "Mean, with its interval, and variance in time of the profiles over y of u, v and ω, and the history of U(y) in the first record."
 
     def update(self, frames: Frames) -> None:
-        self.add("squares", (frames.profiles**2).sum(0))
-        self.add_to_block("profiles", (frames.record, frames.block), len(frames), frames.profiles.sum(0))
+        self.add("squares", torch.from_numpy((frames.profiles**2).sum(0)))
+        self.add_to_block("profiles", (frames.record, frames.block), len(frames), torch.from_numpy(frames.profiles.sum(0)))
         due = -(-frames.start // self.setting.every) * self.setting.every - frames.start
         kept = slice(due, None, self.setting.every)
         if frames.record == 0 and due < len(frames):
-            rows = np.column_stack([frames.times[kept], _numbers(frames.profiles[kept, 0])])
+            rows = np.column_stack([frames.times[kept], frames.profiles[kept, 0]])
             self.append("history", 0, (frames.start + due) // self.setting.every, rows)
 
 # %% ../nbs/06_long_analysis.ipynb #c040764d
@@ -576,7 +584,7 @@ class ZonalEOF(Diagnostic, switch="zonal_eof_pc"):
     "EOFs of the zonal-mean u, their principal components per record, and the autocorrelation of these."
 
     def update(self, frames: Frames) -> None:
-        self.append("profiles", frames.record, frames.start, frames.profiles[:, 0].to(frames.given.dtype))
+        self.append("profiles", frames.record, frames.start, frames.profiles[:, 0].astype(frames.rows_type))
 
     def pieces(self, rows: np.ndarray) -> Iterator[Tensor]:
         "Rows of a series, a bounded number at a time."
@@ -828,8 +836,8 @@ class Budget(Diagnostic, switch="budget"):
         if self.setting.regime is None:
             return
         scalars = [frames.energy, frames.mean_square("omega") / 2, frames.palinstrophy, *forcing_work(frames, self.setting.regime)]
-        rows = [np.stack(scalars, 1), frames.profiles[:, 0].numpy(), frames.flux]
-        self.append("terms", frames.record, frames.start, np.concatenate(rows, 1))
+        rows = [np.stack(scalars, 1), frames.profiles[:, 0], frames.flux]
+        self.append("terms", frames.record, frames.start, np.concatenate(rows, 1, dtype=frames.rows_type))
 
 # %% ../nbs/06_long_analysis.ipynb #dfa6ee67
 @patch
@@ -842,7 +850,7 @@ def result(self: Budget) -> Arrays:
     budgets, first = Budgets(self.setting.regime, self.setting.step, block), 0
     for rows in records:
         for a in range(0, len(rows), 4096):
-            budgets.take(torch.from_numpy(np.array(rows[a : a + 4096])), first + a)
+            budgets.take(torch.from_numpy(np.array(rows[a : a + 4096], np.float64)), first + a)
         first = (first + len(rows)) // block * block + 2 * block
     found, arrays = budgets.result(self.setting.config.level), {}
     units = {"energy": "length²/time³", "enstrophy": "1/time³", "momentum": "length/time²"}
@@ -859,7 +867,7 @@ class Symmetry(Diagnostic, switch="symmetry"):
     "Distance of U(y) from the mean of its images under the symmetries of a flow forced along y, and what chance makes of it."
 
     def update(self, frames: Frames) -> None:
-        self.add_to_block("profile", (frames.record, frames.block), len(frames), frames.profiles[:, 0].sum(0))
+        self.add_to_block("profile", (frames.record, frames.block), len(frames), torch.from_numpy(frames.profiles[:, 0].sum(0)))
 
     def result(self) -> Arrays:
         regime, kept = self.setting.regime, [value for _, value in sorted(self.blocks["profile"].items(), key=lambda item: item[0])]
@@ -907,15 +915,16 @@ class AnomalyExtremes(Extremes, switch="return_period_anomaly"):
 
     prefix = "anomaly_"
 
-    @lru_cache
-    def climate(self, i: int, dtype: torch.dtype) -> np.ndarray:
-        "The climatology of u (0) or ω (2) as a row (N²,)."
-        return self.setting.climate[i].to(dtype).flatten().numpy()
+    @cached_property
+    def rows_of_climate(self) -> dict[np.dtype, np.ndarray]:
+        "The climatology as rows (3, N²), in both precisions."
+        rows = self.setting.climate.flatten(1).double().numpy()
+        return {rows.dtype: rows, np.dtype(np.float32): rows.astype(np.float32)}
 
     def update(self, frames: Frames) -> None:
-        peaks = [frames.times]
+        peaks, climate = [frames.times], self.rows_of_climate[frames.rows_type]
         for name, i in (("u", 0), ("omega", 2)):
-            anomaly = frames.rows(name) - self.climate(i, frames.given.dtype)
+            anomaly = frames.rows(name) - climate[i]
             peaks += [anomaly.max(1), anomaly.min(1)]
         self.append("peaks", frames.record, frames.start, np.stack(peaks, 1))
 

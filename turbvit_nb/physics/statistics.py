@@ -92,7 +92,7 @@ def _record_error(series: Tensor, parts: int = 8) -> tuple[Tensor, Tensor, Tenso
 # %% ../../nbs/physics/04_statistics.ipynb #ed6c6d32
 def _between(records: Sequence[Tensor]) -> tuple[Tensor, ...]:
     "Of the mean over records (…, n_i): itself, its squared error from within and from between records, the former's degrees of freedom, each (…)."
-    mean, error, freedom = (torch.stack(t) for t in zip(*(_record_error(r) for r in records)))
+    mean, error, freedom = (torch.stack(t) for t in zip(*(_windowed(torch.as_tensor(r).double()) for r in records)))
     share = torch.tensor([float(r.shape[-1]) for r in records], dtype=torch.float64, device=mean.device)
     share = (share / share.sum()).reshape(-1, *[1] * (mean.ndim - 1))
     middle, parts = (share * mean).sum(0), (share * error) ** 2
@@ -116,7 +116,7 @@ def mean_error(
     if isinstance(series, Tensor) or len(series) == 1:
         return _record_error(series if isinstance(series, Tensor) else series[0])
     mean, within, between, freedom = _between(series)
-    differ = _exceeds(between, len(series) - 1, within, freedom) < 0.05
+    differ = _exceeds(between, len(series) - 1, within, freedom) < 0.3
     return mean, torch.where(differ, between, within).sqrt(), torch.where(differ, len(series) - 1.0, freedom)
 
 
