@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +25,6 @@ from rich.markup import escape
 from rich.table import Table
 
 import turbvit_nb
-from .lab.config import Config
 
 # %% ../nbs/cli.ipynb #6cd42ca8
 WELCOME = """[bold]turbvit[/] trains, prunes and judges emulators of two-dimensional turbulence.
@@ -109,7 +108,7 @@ def _parameters(texts: Iterable[str]) -> dict:
 
 # %% ../nbs/cli.ipynb #5194167a
 def check_data(
-    settings: Config,  # of the job
+    settings: Any,  # the `Config` of the job
 ) -> None:
     "Open the data sections of a config: ranges, missing frames, overlaps, size. Nothing is checked that still has to be generated."
     from turbvit_nb.datasets import check_disjoint, open_dataset
@@ -128,7 +127,7 @@ def check_data(
     check_disjoint(*opened.values())
 
 # %% ../nbs/cli.ipynb #4ccb5012
-def check_checkpoint(settings: Config) -> None:
+def check_checkpoint(settings: Any) -> None:
     "Open the checkpoint that a config starts from, if it names a file: it must hold a model, and that of [model]."
     from turbvit_nb.lab.config import LabError, run_folder
     from turbvit_nb.model import NetworkConfig, load_emulator
