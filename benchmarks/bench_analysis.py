@@ -6,7 +6,8 @@
 
 The floor is reading every frame and one real FFT of what was read, in pieces that fit the cache: in double precision, and in the single
 precision that the frames are stored in. Floor and analysis take turns in one process, on one thread, and the least CPU time of several
-rounds counts, because other processes only ever add to it. Memory is the resident set after each pass, and the peak.
+rounds counts, because other processes only ever add to it. Memory is the resident set before and
+after the pass and after the result, and the peak, each length in a process of its own.
 """
 import argparse
 import os
@@ -14,6 +15,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +28,13 @@ from turbvit_nb.physics.py2d import Regime, TreeWriter, find_runs, open_store
 from turbvit_nb.physics.spectral import grid
 from turbvit_nb.short_analysis import AnalysisConfig
 
-POINTS = 2**18  # of one field in a piece, as in the analysis
+POINTS = 2**18  # of one field in a piece of at least 8 frames, as in the analysis
 
 
 def floor(records: Sequence[Record], dtype: torch.dtype) -> None:
     "Read every frame and transform it once."
     for record in records:
-        size = max(1, POINTS // record.side**2)
+        size = max(8, POINTS // record.side**2)
         for a in range(0, len(record), size):
             torch.fft.rfft2(next(iter(record.read(a, min(a + size, len(record))).values())).to(dtype))
 
@@ -87,35 +89,38 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def memory(lengths: Sequence[int]) -> None:
-    "A line per length: one record, made of the same 500 frames read again and again."
-    print(f"{'frames':>8} {'after the pass':>15} {'after the result':>17} {'peak':>9}   MiB")
+def memory(length: int) -> None:
+    "One record, made of the same 500 frames read again and again."
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(packed_run(Path(folder), 64, 500))
-        for length in lengths:
-            read = lambda a, b: {"vorticity": torch.from_numpy(store.read(np.arange(a, b) % 500 + 1))}
-            records = [Record("again", 0.06 * np.arange(1, length + 1), read, str)]
-            diagnostics = accumulate(records, setting_for(records))
-            after = resident()
-            climate_dataset(diagnostics, records)
-            print(f"{length:8,} {after:15.0f} {resident():17.0f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:9.0f}", flush=True)
+        read = lambda a, b: {"vorticity": torch.from_numpy(store.read(np.arange(a, b) % 500 + 1))}
+        records, before = [Record("again", 0.06 * np.arange(1, length + 1), read, str)], resident()
+        diagnostics = accumulate(records, setting_for(records))
+        after = resident()
+        climate_dataset(diagnostics, records)
+        print(f"{length:8,} {before:12.0f} {after:15.0f} {resident():17.0f} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:9.0f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--frames", type=int, default=None, help="frames of a source; default as many as make 32 MiB in single precision")
+    parser.add_argument("--frames", type=int, default=None, help="frames of a source; default as many as make 64 MiB in single precision")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", action="store_true", help="also every diagnostic alone")
     parser.add_argument("--memory", action="store_true", help="memory at 10³, 10⁴ and 10⁵ frames instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.memory:
-        return memory([1000, 10_000, 100_000])
+        print(f"{'frames':>8} {'before, MiB':>12} {'after the pass':>15} {'after the result':>17} {'peak':>9}")
+        for length in (1000, 10_000, 100_000):
+            process = get_context("spawn").Process(target=memory, args=(length,))
+            process.start(), process.join()
+        return
     print("              µs of CPU per frame                        floor / analysis")
     print("                 read   + FFT 64  + FFT 32  analysis     64    32")
     for side in args.sizes:
-        speed(side, args.frames or 2**23 // side**2, args.rounds, args.each)
+        speed(side, args.frames or 2**24 // side**2, args.rounds, args.each)
 
 
 if __name__ == "__main__":
