@@ -32,7 +32,9 @@ def py2d_data() -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    "A headless browser; the test is skipped where none is installed."
+    "A headless browser; the test is skipped where none is installed, and fails where CI should have installed it."
+    if BROWSER is None and "CI" in os.environ:
+        pytest.fail("CI installs a browser, and there is none on the PATH")
     if BROWSER is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
     from playwright.sync_api import sync_playwright
@@ -41,3 +43,16 @@ def browser():
         opened = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def home(data, tmp_path, monkeypatch) -> Path:
+    "Folders of runs and data of the test's own, the data from the `data` of its module; no run is left open."
+    from turbvit_nb.lab import runs
+
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TURBVIT_DATA", str(data))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for run in list(runs._open.values()):
+        run.close()

@@ -13,7 +13,6 @@ import xarray as xr
 from turbvit_nb.compare import compare
 from turbvit_nb.datasets import DatasetConfig, open_dataset
 from turbvit_nb.inference import infer, open_rollouts
-from turbvit_nb.lab import runs
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.long_analysis import (
@@ -108,17 +107,6 @@ def data(tmp_path_factory) -> Path:
             writer.append(0.1 * n, omega)
         writer.finish()
     return root
-
-
-@pytest.fixture
-def home(data, tmp_path, monkeypatch) -> Path:
-    "Folders of runs and data of the test's own; no run is left open."
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("TURBVIT_DATA", str(data))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
 
 
 def config(home: Path, name: str, fraction: float = 0.5) -> Path:

@@ -1,7 +1,5 @@
 """The explorer in a real browser, opened from a file with the network cut off: it opens, draws, reacts, and complains of nothing."""
 import io
-import os
-import shutil
 
 import numpy as np
 import pytest
@@ -12,8 +10,6 @@ from typer.testing import CliRunner
 from turbvit_nb.cli import app
 from turbvit_nb.explore import explore
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SHOWN, LEADS, STARTS = [1, 5, 10, 20], 20, 3
 
 
@@ -45,20 +41,6 @@ def study(tmp_path_factory):
         (home / run / "short_analyses").mkdir(parents=True, exist_ok=True)
         data.to_netcdf(home / run / "short_analyses" / f"{checkpoint}.nc", engine="h5netcdf")
     return home
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if BROWSER is None and "CI" in os.environ:
-        pytest.fail("CI installs a browser, and there is none on the PATH")
-    if BROWSER is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield opened
-        opened.close()
 
 
 class Explorer:

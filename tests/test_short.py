@@ -14,7 +14,6 @@ from torch import nn
 
 from turbvit_nb import short_analysis as chapter
 from turbvit_nb.datasets import DatasetConfig, GenerateConfig, generate, open_dataset
-from turbvit_nb.lab import runs
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.model import Emulator, Normaliser, load_emulator
@@ -64,17 +63,6 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("flow")
     generate(GenerateConfig(data_dir=str(root / "flow"), Re=100, fky=4, beta=20.0, NX=N, n_trajectories=3, n_frames=90, t_save=0.1, spin_up=20.0))
     return root
-
-
-@pytest.fixture
-def home(data, tmp_path, monkeypatch) -> Path:
-    "Folders of runs and data of the test's own; no run is left open."
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("TURBVIT_DATA", str(data))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
 
 
 def write(home: Path, name: str, top: str = "") -> Path:

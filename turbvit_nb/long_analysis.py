@@ -42,31 +42,13 @@ from .lab.progress import note, progress
 from .lab.runs import Run, atomic, open_run
 from .physics.budgets import TERMS, Budgets, Stationarity, SymmetryTest, artefact_score, blow_up_time, frame_terms, stationarity
 from turbvit_nb.physics.metrics import (
-    BlockMaxima,
-    Histogram,
-    ZonalCovariance,
-    autocorrelation,
-    eofs,
-    log_spectral_distance,
-    principal_components,
-    wasserstein,
+    BlockMaxima, Histogram, ZonalCovariance, autocorrelation, eofs, log_spectral_distance, principal_components, wasserstein,
 )
 from .physics.py2d import Regime, Store
 from .physics.spectral import Grid, grid
 from turbvit_nb.physics.statistics import (
-    autocorrelation_band,
-    block_length,
-    block_replicates,
-    decorrelation_time,
-    effective_size,
-    event_periods,
-    event_rate,
-    extremal_index,
-    gev_band,
-    gpd_band,
-    mean_interval,
-    percentile_interval,
-    pooled_events,
+    autocorrelation_band, block_length, block_replicates, decorrelation_time, effective_size, event_periods, event_rate, extremal_index,
+    gev_band, gpd_band, mean_interval, percentile_interval, pooled_events,
 )
 from .short_analysis import AnalysisConfig, analysis_settings, climate_section, scored_section
 from .train import train
