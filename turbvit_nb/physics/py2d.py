@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'PACKED', 'PACKED_VERSION', 'StoreError', 'FrameError', 'Regime', 'read_parameters', 'read_mat',
            'read_frame', 'Store', 'TreeStore', 'read_time', 'TreeWriter', 'RestartState', 'read_state', 'open_store',
-           'PackedStore', 'PackedWriter', 'pack', 'find_runs', 'read_stats']
+           'PackedStore', 'PackedWriter', 'pack', 'find_runs']
 
 # %% ../../nbs/physics/01_py2d.ipynb #79d61e2f
 import mmap
@@ -644,14 +644,3 @@ def find_runs(
 def _run_order(path: Path) -> tuple:
     regime = Regime.parse(path)
     return *regime.conditions(), regime.sgs, regime.NX, float(regime.dt), regime.IC
-
-# %% ../../nbs/physics/01_py2d.ipynb #d7b858e5
-def read_stats(
-    path: str | os.PathLike,  # a run's folder, or its `stats`
-) -> dict[str, np.ndarray]:  # mean, std and what else is there: (2,), in the order u, v
-    "The statistics that the earlier project left beside its data."
-    folder = Path(path) if Path(path).name == "stats" else Path(path)/"stats"
-    stats = {p.name.removesuffix("_full_field.npy"): np.load(p, allow_pickle=False).reshape(-1) for p in folder.glob("*_full_field.npy")}
-    if not {"mean", "std"} <= set(stats): raise StoreError(f"{folder}: needs mean_full_field.npy and std_full_field.npy, of u and v")
-    if any(v.shape != (2,) for v in stats.values()): raise StoreError(f"{folder}: its arrays should have shape (2,), u and v")
-    return stats

@@ -244,16 +244,6 @@ def palinstrophy(
     "Palinstrophy P = ½⟨|∇ω|²⟩ (…)."
     return (self.power(omega) * self.k2).sum((-2, -1)) / 2
 
-# %% ../../nbs/physics/00_spectral.ipynb #e332291c
-@patch
-def zonal_spectrum(
-    self: Grid,
-    f: torch.Tensor,  # Real field (…, N, N)
-) -> torch.Tensor:
-    "Power of `f` per zonal wavenumber |kx| = 0 … N/2 (…, N//2+1); the sum is ⟨f²⟩, entry 0 the mean square of the zonal mean."
-    power, kx = self.power(f).sum(-1), self.kx.flatten().abs().long()
-    return power.new_zeros(*f.shape[:-2], self.NX // 2 + 1).index_add(-1, kx, power)
-
 # %% ../../nbs/physics/00_spectral.ipynb #f755c749
 @patch
 def resample(
