@@ -274,8 +274,9 @@ def test_starts_of_several_flows_are_advanced_each_by_its_own(home, data):
         torch.testing.assert_close(state.float(), group["truth"][:, :, lead], atol=1e-3, rtol=0)
 
 
-def test_an_emulator_of_vorticity_is_scored_by_its_velocity(starts):
-    emulator = Emulator(Noisy(0.0), Normaliser([0.0], [1.0]), fields=("omega",), step=0.1)
+@pytest.mark.parametrize("fields", [("omega",), ("v", "omega", "u")])
+def test_an_emulator_of_other_fields_is_scored_by_its_velocity(starts, fields):
+    emulator = Emulator(Noisy(0.0), Normaliser([0.0] * len(fields), [1.0] * len(fields)), fields=fields, step=0.1)
     mine = chapter.score_emulator(emulator, starts)
     still = chapter.score_forecast(starts, "persistence", lambda group: [group["x"][:, :, 0]] * LEADS)
     np.testing.assert_allclose(mine.rmse[0], still.rmse[0], atol=1e-4)
