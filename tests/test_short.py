@@ -3,6 +3,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +230,24 @@ def test_small_groups_give_the_same_numbers(folder, monkeypatch):
         for forecast in [f for f in FORECASTS if f != "linear"]:  # whose modes come from fewer snapshots
             slack = 1e-2 if forecast in ("emulator", "ceiling") else 1e-4  # rounding and the solver's step depend on the batch
             np.testing.assert_allclose(parts[name].sel(forecast=forecast), whole[name].sel(forecast=forecast), rtol=slack, atol=slack)
+
+
+def test_memory_does_not_grow_with_the_leads():
+    "In a process of its own: what scoring takes beside a truth of 84 MB, which is little more than one lead of all starts."
+    script = """
+import resource, torch
+from itertools import repeat
+from turbvit_nb.short_analysis import score_states
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.set_num_threads(1)
+truth, climate = torch.rand(64, 2, 40, 64, 64), torch.rand(2, 64, 64)
+score_states(repeat(truth[:, :, 0], 2), truth[:, :, :2], climate, (4, 8))
+before = peak()
+score_states(repeat(truth[:, :, 0], 40), truth, climate, (4, 8))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100  # MiB; 1200 when every lead's scores were tensors of their own
 
 
 def test_several_runs_in_one_go(folder, home):
