@@ -26,7 +26,6 @@ from turbvit_nb.long_analysis import (
     climate_distances,
     long_analysis,
     merge_parts,
-    part_of,
     rollout_record,
     truth_records,
 )
@@ -346,7 +345,7 @@ def test_parts_of_a_pass_merge_to_one_pass(study, data, parts):
     for records in (trajectories(data, [1, 2]), rollouts):
         setting = Setting(asked, 0.1, torch.zeros(3, N, N), bin_ranges(records), block=block_frames(records), regime=Regime(200, 0, 4, 0.1, 20.0, NX=N))
         whole = accumulate(records, setting)
-        pieces = [accumulate(records, setting, spans=part_of(records, (i, parts), setting.block)) for i in range(parts, 0, -1)]
+        pieces = [accumulate(records, setting, part=(i, parts)) for i in range(parts, 0, -1)]
         one, other = climate_dataset(whole, records), climate_dataset(merge_parts(pieces, records), records)
         for name in one.data_vars:
             if one[name].dtype.kind == "f":

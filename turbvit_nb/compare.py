@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGETED', 'CompareConfig', 'compared_folders', 'compare_settings', 'Entry', 'cost', 'short_name', 'gather', 'series',
            'climate_bias', 'state_of', 'distance_gaps', 'row', 'steps_in_words', 'horizon_in_words', 'forecast_table',
-           'climate_table', 'chance_of', 'percent', 'control_of', 'same_starts', 'Paired', 'paired', 'difference_curve',
+           'climate_table', 'percent', 'control_of', 'same_starts', 'Paired', 'paired', 'difference_curve',
            'horizon_difference', 'difference_in_words', 'in_brackets', 'forecast_effect', 'climate_effect',
            'pruning_verdict', 'longest_horizon', 'caveats', 'verdict', 'marked', 'skill_figure', 'pruning_figure',
            'climate_figure', 'horizon_figure', 'bias_figure', 'difference_figure', 'differences', 'difference_table',
@@ -229,7 +229,7 @@ def forecast_table(entries: Sequence[Entry], leads: Sequence[int]) -> Table:
 def climate_table(entries: Sequence[Entry]) -> Table:
     "Distances of each model's climate from the true one with intervals, below what chance makes of the truth; and the bias of energy and enstrophy."
     known = [entry for entry in entries if entry.climate is not None and entry.truth is not None]
-    chance = {name: value for name, value in chance_of(known[0]).items() if name.split()[0] not in BUDGETED} if known else {}
+    chance = {name: value for name, value in chance_points(known[0].truth, known[0].climate).items() if name.split()[0] not in BUDGETED} if known else {}
     rows = [{"": "truth against truth", "record": state_of(known[0].truth)} | {name: f"< {value:.2g}" for name, value in chance.items()}] if known else []
     for entry in known:
         intervals, found = distance_intervals(entry.climate, entry.truth), climate_distances(entry.climate, entry.truth)
@@ -241,13 +241,6 @@ def climate_table(entries: Sequence[Entry]) -> Table:
 def _with_ends(value: float, ends: tuple[float, float] | None) -> str:
     "A distance and its interval, where it has one."
     return f"{value:.2g}" + (f" [{ends[0]:.2g}, {ends[1]:.2g}]" if ends else "")
-
-
-def chance_of(entry: Entry) -> dict[str, float]:
-    "The distances that chance makes: what a draw of the climate's length from the truth stays below in 95 % of cases, or where the truth is short, its halves."
-    if entry.truth.sizes["block"] < 8:
-        return json.loads(entry.truth.attrs["chance_distances"])
-    return chance_points(entry.truth, entry.climate.sizes["block"])
 
 
 def percent(value: float, low: float, high: float) -> str:
@@ -429,7 +422,7 @@ def _forecast_words(pair: Paired, lead: int, entry: Entry, control: Entry) -> st
 # %% ../nbs/07_compare.ipynb #82bff905
 def _beyond_chance(entry: Entry) -> list[str]:
     "The distances of a climate that are larger than chance makes them, mean energy and enstrophy aside."
-    chance, found = chance_of(entry), climate_distances(entry.climate, entry.truth)
+    chance, found = chance_points(entry.truth, entry.climate), climate_distances(entry.climate, entry.truth)
     return [name for name, value in found.items() if name.split()[0] not in BUDGETED and value > chance.get(name, math.inf)]
 
 

@@ -7,14 +7,15 @@ __all__ = ['Arrays', 'DIAGNOSTICS', 'EXTREMES', 'FEWEST', 'MOST', 'PERIODS', 'BL
            'rollout_record', 'Frames', 'Spool', 'Setting', 'Diagnostic', 'TemporalMean', 'ZonalMean', 'ZonalEOF',
            'Divergence', 'Distribution', 'VorticityDistribution', 'Spectra', 'Py2DSpectra', 'Energetics',
            'forcing_work', 'Budget', 'Symmetry', 'Artefact', 'Extremes', 'AnomalyExtremes', 'switched_on', 'frames_of',
-           'accumulate', 'part_of', 'save_kept', 'read_kept', 'merge_parts', 'climate_dataset', 'ended_early',
-           'climate_summary', 'histogram_of', 'summary_distances', 'climate_distances', 'distance_intervals',
-           'chance_distances', 'chance_points', 'standing', 'drifting', 'blow_ups', 'open_truth', 'truth_records',
-           'spacing', 'rollout_groups', 'frames_needed', 'long_enough', 'check_settings', 'check_source',
-           'block_frames', 'bin_ranges', 'parts_of', 'take_part', 'kept_of', 'analyse_source', 'open_setting',
-           'setting_for', 'thresholds_of', 'long_analysis', 'read_long', 'marked', 'spectrum_figure', 'pdf_figure',
-           'zonal_figure', 'eof_figure', 'autocorrelation_figure', 'return_figure', 'energy_figure', 'mean_figure',
-           'residual_figure', 'outside', 'climate_table', 'standing_table', 'physics_table', 'climate_verdict']
+           'part_of', 'accumulate', 'save_kept', 'read_kept', 'merge_parts', 'joined', 'gaps', 'side_by_side',
+           'climate_dataset', 'ended_early', 'climate_summary', 'histogram_of', 'summary_distances',
+           'climate_distances', 'distance_intervals', 'chance_distances', 'chance_points', 'standing', 'drifting',
+           'blow_ups', 'open_truth', 'truth_records', 'spacing', 'rollout_groups', 'frames_needed', 'long_enough',
+           'check_settings', 'check_source', 'block_frames', 'bin_ranges', 'parts_of', 'take_part', 'kept_of',
+           'analyse_source', 'open_setting', 'setting_for', 'judged_by', 'long_analysis', 'read_long', 'marked',
+           'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure', 'autocorrelation_figure', 'return_figure',
+           'energy_figure', 'mean_figure', 'residual_figure', 'outside', 'climate_table', 'standing_table',
+           'physics_table', 'climate_verdict']
 
 # %% ../nbs/06_long_analysis.ipynb #0a0d063c
 import json
@@ -22,8 +23,10 @@ import math
 import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import holoviews as hv
@@ -38,9 +41,11 @@ from .datasets import FrameDataset, check_disjoint, climatology, ensure_data, op
 from .inference import Rollout, infer, open_rollout
 from .lab.config import LabError, run_folder
 from .lab.plots import Table, beside, curves, field_strip, hovmoller, show, spectra
-from .lab.progress import note, progress
+from .lab.progress import Meter, note
 from .lab.runs import Run, atomic, open_run
-from .physics.budgets import TERMS, Budgets, Stationarity, SymmetryTest, artefact_score, blow_up_time, frame_terms, stationarity
+from turbvit_nb.physics.budgets import (
+    TERMS, Budgets, Stationarity, SymmetryTest, artefact_score, blow_up_time, frame_terms, nearest_image, shifted, stationarity,
+)
 from turbvit_nb.physics.metrics import (
     BlockMaxima, Histogram, ZonalCovariance, autocorrelation, eofs, log_spectral_distance, principal_components, wasserstein,
 )
@@ -50,6 +55,7 @@ from turbvit_nb.physics.statistics import (
     autocorrelation_band, block_length, block_replicates, decorrelation_time, effective_size, event_periods, event_rate, extremal_index,
     gev_band, gpd_band, mean_interval, percentile_interval, pooled_events,
 )
+from .physics.sums import PointSums, point_sums, product_sums, wave_sums
 from .short_analysis import AnalysisConfig, analysis_settings, climate_section, scored_section
 from .train import train
 
@@ -142,10 +148,10 @@ def _factors(N: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _weights(N: int, dtype: torch.dtype = torch.float64) -> dict[str, np.ndarray]:
+def _weights(N: int) -> dict[str, np.ndarray]:
     "Per squared real and imaginary part of an unscaled coefficient, (2·N·(N/2+1),): what it adds to a mean square, and that times k² or 1/k²."
     waves = grid(N)
-    flat = lambda values: (values * waves.weights / N**4).expand(N, -1).repeat_interleave(2, -1).flatten().to(dtype).numpy()
+    flat = lambda values: (values * waves.weights / N**4).expand(N, -1).repeat_interleave(2, -1).flatten().numpy()
     return {"square": flat(torch.ones_like(waves.k2)), "gradient": flat(waves.k2), "velocity": flat(waves.inverse_k2)}
 
 # %% ../nbs/06_long_analysis.ipynb #ac060a30
@@ -165,22 +171,7 @@ def _rows(
     values: Tensor,  # (n, …), real or complex
 ) -> np.ndarray:
     "The same numbers as rows (n, points), real and imaginary parts side by side."
-    return (torch.view_as_real(values) if values.is_complex() else values).flatten(1).numpy()
-
-
-def _dots(
-    one: np.ndarray,  # (n, points)
-    other: np.ndarray,  # (n, points) or (points,)
-) -> np.ndarray:
-    "Products of rows, (n,), float64: a sum within a frame, so it does not depend on which frames are looked at together."
-    return np.vecdot(one, other).astype(np.float64)
-
-# %% ../nbs/06_long_analysis.ipynb #019f3ddb
-def _total(
-    rows: np.ndarray,  # (n, points), one per frame
-) -> Tensor:
-    "Their sum (points,), float64."
-    return torch.from_numpy((np.ones(len(rows), rows.dtype) @ rows if len(rows) > 1 else rows[0]).astype(np.float64))
+    return (torch.view_as_real(values) if values.is_complex() else values).flatten(1).contiguous().numpy()
 
 # %% ../nbs/06_long_analysis.ipynb #6e2c6b28
 @dataclass
@@ -193,6 +184,8 @@ class Frames:
     vorticity: Tensor | None = None  # (n, N, N)
     start: int = 0  # number of the first frame in the record
     block: int = 0  # number of the block of frames that these belong to
+    bins: Mapping[str, tuple] = field(default_factory=dict)  # of u and ω, where they are counted: (low, high, how many)
+    climate: Mapping[str, np.ndarray] = field(default_factory=dict)  # what anomalies of u and ω are measured from, (N²,)
     kept: dict = field(default_factory=dict, repr=False)  # what has been computed
 
     def __len__(self) -> int:
@@ -209,9 +202,9 @@ class Frames:
         return self.given.shape[-1]
 
     @cached_property
-    def rows_type(self) -> np.dtype:
-        "The precision of the frames."
-        return np.dtype(np.float32 if self.given.dtype == torch.float32 else np.float64)
+    def key(self) -> tuple[int, int]:
+        "Whose block of frames these belong to: (record, block)."
+        return self.record, self.block
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -271,46 +264,54 @@ def rows(self: Frames, name: str) -> np.ndarray:
 
 
 @patch
-def square(self: Frames, name: str) -> np.ndarray:
-    "u², v² or ω² as rows (n, N²)."
-    return self._once(f"{name}²", lambda: np.square(self.rows(name)))
+def points(self: Frames, name: str) -> PointSums:
+    "What there is to know of the values of u or ω, from one look at each frame."
+    return self._once(f"{name} points", lambda: point_sums(self.rows(name), self.bins.get(name), self.climate.get(name)))
+
+
+@patch(as_prop=True)
+def products(self: Frames) -> tuple[np.ndarray, np.ndarray]:
+    "The mean over x of uv, (n, N), and v² summed over the frames, (N²,)."
+    fields = lambda name: self.rows(name).reshape(len(self), self.side, self.side)
+    return self._once("products", lambda: product_sums(fields("u"), fields("v")))
+
+# %% ../nbs/06_long_analysis.ipynb #5be107cd
+@lru_cache(maxsize=16)
+def _wave_weights(N: int, name: str) -> np.ndarray:
+    "Weights (k, 2·N·(N/2+1)) of ½⟨x²⟩ and, for ω, of ½⟨|∇ω|²⟩ and ½⟨u² + v²⟩."
+    return np.stack([_weights(N)[kind] / 2 for kind in ("square", "gradient", "velocity")[: 3 if name == "omega" else 1]])
 
 
 @patch
-def mean_square(self: Frames, name: str) -> np.ndarray:
-    "Mean of u², v² or ω² over the domain, (n,)."
-    return self._once(f"⟨{name}²⟩", lambda: _dots(self.rows(name), self.rows(name)) / self.side**2)
-
-# %% ../nbs/06_long_analysis.ipynb #5be107cd
-@patch(as_prop=True)
-def omega_power(self: Frames) -> np.ndarray:
-    "Squared real and imaginary parts of ω̂, (n, 2·N·(N/2+1))."
-    return self._once("omega_power", lambda: np.square(_rows(self.omega_hat)))
+def waves(self: Frames, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "`wave_sums` of ω or the divergence, or of u or v where they were read, with `_wave_weights`."
+    return self._once(f"{name} waves", lambda: wave_sums(_rows(self._hat(name)), _wave_weights(self.side, name)))
 
 
-@patch(as_prop=True)
-def velocity_power(self: Frames) -> np.ndarray:
-    "The same of û and v̂, added up; of a velocity only, since for a vorticity it is `omega_power` / k²."
-    return self._once("velocity_power", lambda: np.square(_rows(self.coefficients[:, 0])) + np.square(_rows(self.coefficients[:, 1])))
+@patch
+def _hat(self: Frames, name: str) -> Tensor:
+    "Coefficients of what `waves` is asked for."
+    if name in ("u", "v"):
+        return self.coefficients[:, "uv".index(name)]
+    return self.omega_hat if name == "omega" else self._combined(name)
 
 
 @patch(as_prop=True)
 def energy(self: Frames) -> np.ndarray:
     "½⟨u² + v²⟩ (n,)."
-    power, name = (self.omega_power, "velocity") if self.velocity is None else (self.velocity_power, "square")
-    return self._once("energy", lambda: _dots(power, _weights(self.side, self.given.dtype)[name]) / 2)
+    return self.waves("omega")[2][:, 2] if self.velocity is None else self.waves("u")[2][:, 0] + self.waves("v")[2][:, 0]
+
+
+@patch(as_prop=True)
+def enstrophy(self: Frames) -> np.ndarray:
+    "½⟨ω²⟩ (n,)."
+    return self.waves("omega")[2][:, 0]
 
 
 @patch(as_prop=True)
 def palinstrophy(self: Frames) -> np.ndarray:
     "½⟨|∇ω|²⟩ (n,)."
-    return self._once("palinstrophy", lambda: _dots(self.omega_power, _weights(self.side, self.given.dtype)["gradient"]) / 2)
-
-
-@patch(as_prop=True)
-def omega_total(self: Frames) -> Tensor:
-    "`omega_power` summed over the frames, (2·N·(N/2+1),), float64."
-    return self._once("omega_total", lambda: _total(self.omega_power))
+    return self.waves("omega")[2][:, 1]
 
 # %% ../nbs/06_long_analysis.ipynb #99388a74
 @lru_cache(maxsize=16)
@@ -337,18 +338,6 @@ def _make_profiles(self: Frames) -> np.ndarray:
     given = "vorticity" if self.velocity is None else "velocity"
     rows = self.coefficients[:, :, :1] * _profile_factors(self.side, self.given.dtype)[given]
     return torch.fft.irfft(rows.sum(1) if given == "velocity" else rows[:, 0], self.side, norm="forward").double().numpy()
-
-
-@patch
-def peaks(self: Frames, name: str) -> list[np.ndarray]:
-    "Largest and smallest value of u or ω in every frame, each (n,)."
-    return self._once(f"{name} peaks", lambda: [self.rows(name).max(1), self.rows(name).min(1)])
-
-# %% ../nbs/06_long_analysis.ipynb #184232b4
-@patch(as_prop=True)
-def flux(self: Frames) -> np.ndarray:
-    "Mean over x of uv, (n, N)."
-    return self._once("flux", lambda: (self.u.numpy() * self.v.numpy()).sum(1) / self.side)
 
 
 @patch
@@ -401,6 +390,16 @@ class Setting:
     regime: Regime | None = None  # of the truth: its forcing and dissipation
     patch_size: int | None = None  # points per side of the network's patches
     thresholds: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of the extremes
+    reference: Tensor | None = None  # U(y) of the truth, which the records are turned towards
+
+
+@patch(as_prop=True)
+def looked_for(self: Setting) -> dict[str, dict]:
+    "What `Frames` are told beforehand: bins where distributions are asked for, and the climatology where anomalies are."
+    asked = {"u": self.config.PDF_U, "omega": self.config.PDF_Omega}
+    bins = {name: (-reach, reach, self.config.pdf_bins) for name, reach in self.ranges.items() if asked[name]}
+    climate = {} if self.climate is None else {name: self.climate[i].flatten().numpy() for name, i in (("u", 0), ("omega", 2))}
+    return {"bins": bins, "climate": climate}
 
 
 Arrays = dict[str, tuple]  # name: (dims, values, attributes)
@@ -415,21 +414,23 @@ class Diagnostic:
         self.totals: dict[str, Tensor] = {}
         self.blocks: dict[str, dict[tuple[int, int], tuple[int, Tensor]]] = {}  # (record, block): frames, sum
         self.series: dict[str, dict[int, Spool]] = {}
+        self.turns: Mapping[int, float] = {}  # record: how far along y it is moved to be compared, where not 0
 
     def __init_subclass__(cls, switch: str):
         cls.switch = DIAGNOSTICS[switch] = cls
 
 # %% ../nbs/06_long_analysis.ipynb #c73fed1a
 @patch
-def add(self: Diagnostic, name: str, value: Tensor) -> None:
+def add(self: Diagnostic, name: str, value: Tensor | np.ndarray) -> None:
     "Add to a total."
+    value = torch.as_tensor(value)
     self.totals[name] = self.totals[name].add_(value) if name in self.totals else value.clone()
 
 
 @patch
-def add_to_block(self: Diagnostic, name: str, key: tuple[int, int], count: int, value: Tensor) -> None:
+def add_to_block(self: Diagnostic, name: str, key: tuple[int, int], count: int, value: Tensor | np.ndarray) -> None:
     "Add the sum `value` over `count` frames to the block `key`: (record, block)."
-    kept = self.blocks.setdefault(name, {})
+    kept, value = self.blocks.setdefault(name, {}), torch.as_tensor(value)
     frames, total = kept.get(key, (0, None))
     kept[key] = (frames + count, value.clone() if total is None else total.add_(value))
 
@@ -463,32 +464,58 @@ def _append_runs(diagnostic: Diagnostic, name: str, record: int, numbers: np.nda
 
 # %% ../nbs/06_long_analysis.ipynb #846139a6
 @patch
+def moved(self: Diagnostic, name: str, value: Tensor, distance: float) -> Tensor:
+    "What the sum `name` is if the record is moved along y by `distance`; most sums do not change."
+    return value
+
+
+@patch
+def block_sums(self: Diagnostic, name: str) -> list[tuple[int, int, Tensor]]:
+    "(record, frames, sum) of every block in time order, record by record; records moved by `turns`."
+    kept = sorted(self.blocks[name].items(), key=lambda item: item[0])
+    move = lambda record, value: self.moved(name, value, self.turns[record]) if self.turns.get(record) else value
+    return [(record, count, move(record, value)) for (record, _), (count, value) in kept]
+
+
+@patch
 def mean(self: Diagnostic, name: str) -> Tensor:
     "Mean over all frames of what the blocks hold."
-    kept = self.blocks[name].values()
-    return sum(value for _, value in kept) / sum(count for count, _ in kept)
+    sums = self.block_sums(name)
+    return sum(value for *_, value in sums) / sum(count for _, count, _ in sums)
 
 
 @patch
 def block_means(self: Diagnostic, name: str) -> Tensor:
     "(blocks, …) mean of every whole block, in time order, record by record."
-    whole = [value / count for _, (count, value) in sorted(self.blocks[name].items(), key=lambda item: item[0]) if count == self.setting.block]
-    some = next(iter(self.blocks[name].values()))[1]
-    return torch.stack(whole) if whole else some.new_zeros(0, *some.shape)
+    sums = self.block_sums(name)
+    whole = [value / count for _, count, value in sums if count == self.setting.block]
+    return torch.stack(whole) if whole else sums[0][-1].new_zeros(0, *sums[0][-1].shape)
 
 
 @patch
-def interval(self: Diagnostic, means: Tensor) -> tuple[Tensor, Tensor]:
-    "Interval (low, high), each (…), of the mean from the means (blocks, …) of blocks; NaN below 8 blocks, which tell nothing."
+def sizes(self: Diagnostic, name: str) -> list[int]:
+    "How many whole blocks each record has."
+    whole = [record for (record, _), (count, _) in self.blocks[name].items() if count == self.setting.block]
+    return np.unique(whole, return_counts=True)[1].tolist()
+
+# %% ../nbs/06_long_analysis.ipynb #d332943d
+@patch
+def interval(
+    self: Diagnostic,
+    means: Tensor,  # (blocks, …)
+    sizes: Sequence[int],  # blocks of each record
+) -> tuple[Tensor, Tensor]:
+    "Interval (low, high), each (…), of the mean from the means of blocks; NaN below 8 blocks, which tell nothing."
     if len(means) < 8:
         return torch.full(means.shape[1:], math.nan), torch.full(means.shape[1:], math.nan)
-    return mean_interval(means.movedim(0, -1), self.setting.config.level)
+    means = means.movedim(0, -1)
+    return mean_interval(means.split(list(sizes), -1) if min(sizes) >= 8 else means, self.setting.config.level)
 
 
 @patch
-def positive_interval(self: Diagnostic, mean: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+def positive_interval(self: Diagnostic, mean: Tensor, means: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     "The interval of a mean that cannot be negative: of its logarithm, with the same relative width."
-    low, high = self.interval(means)
+    low, high = self.interval(means, sizes)
     half = torch.where(mean > 0, (high - low) / 2 / mean, 0.0)
     return mean * torch.exp(-half), mean * torch.exp(half)
 
@@ -514,58 +541,76 @@ class TemporalMean(Diagnostic, switch="temporal_mean"):
     "Mean, with its interval, and variance in time of u, v and ω at every point."
 
     def update(self, frames: Frames) -> None:
-        for name in ("u", "v", "omega"):
-            self.add(name, _total(frames.square(name)))
-        self.add_to_block("coefficients", (frames.record, frames.block), len(frames), _total(_rows(frames.coefficients)))
+        squares = [frames.points("u").squares, frames.products[1], frames.points("omega").squares]
+        self.add_to_block("squares", (frames.record, 0), len(frames), np.stack(squares))
+        given = ("omega",) if frames.velocity is None else ("u", "v")
+        self.add_to_block("coefficients", frames.key, len(frames), np.concatenate([frames.waves(name)[0] for name in given]))
 
-    def fields(self, coefficients: Tensor) -> Tensor:
-        "u, v and ω (…, 3, N, N) from sums of coefficients (…, C·N·(N/2+1)·2)."
-        waves = grid(math.isqrt(len(self.totals["u"])))
-        parts = coefficients.unflatten(-1, (-1, waves.NX, waves.NX // 2 + 1, 2))
-        given = waves.inverse(torch.view_as_complex(parts.contiguous())) / waves.NX**2
-        if given.shape[-3] == 2:
-            return torch.cat([given, waves.vorticity(given).unsqueeze(-3)], -3)
-        return torch.cat([waves.velocity(given[..., 0, :, :]), given], -3)
+    @property
+    def side(self) -> int:
+        "Points per side."
+        return math.isqrt(next(iter(self.blocks["squares"].values()))[1].shape[-1])
 
-    def result(self) -> Arrays:
-        frames = sum(count for count, _ in self.blocks["coefficients"].values())
-        mean, dims = self.fields(self.mean("coefficients")), ("field", "x", "y")
-        interval = self.interval(self.fields(self.block_means("coefficients")))
-        about = {"long_name": "mean in time", "units": "of the field"}
-        squares = torch.stack([self.totals[name] for name in ("u", "v", "omega")]).view_as(mean)
-        variance = _numbers(squares / frames - mean**2).clip(min=0)
-        return _with_interval("mean", dims, mean, interval, about, self.setting.config.level) | {
-            "variance": (dims, variance, {"long_name": "variance in time", "units": "of the field, squared"})
-        }
+    def moved(self, name: str, value: Tensor, distance: float) -> Tensor:
+        if name == "squares":
+            return shifted(value.unflatten(-1, (self.side, -1)), distance).flatten(-2)
+        waves = torch.view_as_complex(value.unflatten(-1, (-1, self.side // 2 + 1, 2)).contiguous())
+        return torch.view_as_real(waves * torch.exp(-1j * distance * torch.arange(self.side // 2 + 1, dtype=torch.float64))).flatten()
+
+# %% ../nbs/06_long_analysis.ipynb #c3ac3b60
+@patch
+def fields(self: TemporalMean, coefficients: Tensor) -> Tensor:
+    "u, v and ω (…, 3, N, N) from sums of coefficients (…, C·N·(N/2+1)·2)."
+    waves = grid(self.side)
+    parts = coefficients.unflatten(-1, (-1, waves.NX, waves.NX // 2 + 1, 2))
+    given = waves.inverse(torch.view_as_complex(parts.contiguous())) / waves.NX**2
+    if given.shape[-3] == 2:
+        return torch.cat([given, waves.vorticity(given).unsqueeze(-3)], -3)
+    return torch.cat([waves.velocity(given[..., 0, :, :]), given], -3)
+
+
+@patch
+def result(self: TemporalMean) -> Arrays:
+    "Mean, interval and variance of the fields (field, x, y)."
+    mean, dims = self.fields(self.mean("coefficients")), ("field", "x", "y")
+    interval = self.interval(self.fields(self.block_means("coefficients")), self.sizes("coefficients"))
+    about = {"long_name": "mean in time", "units": "of the field"}
+    variance = _numbers(self.mean("squares").view_as(mean) - mean**2).clip(min=0)
+    return _with_interval("mean", dims, mean, interval, about, self.setting.config.level) | {
+        "variance": (dims, variance, {"long_name": "variance in time", "units": "of the field, squared"})
+    }
 
 # %% ../nbs/06_long_analysis.ipynb #eae76883
 class ZonalMean(Diagnostic, switch="zonal_mean"):
     "Mean, with its interval, and variance in time of the profiles over y of u, v and ω, and the history of U(y) in the first record."
 
     def update(self, frames: Frames) -> None:
-        self.add("squares", torch.from_numpy((frames.profiles**2).sum(0)))
-        self.add_to_block("profiles", (frames.record, frames.block), len(frames), torch.from_numpy(frames.profiles.sum(0)))
+        self.add_to_block("squares", (frames.record, 0), len(frames), (frames.profiles**2).sum(0))
+        self.add_to_block("profiles", frames.key, len(frames), frames.profiles.sum(0))
         due = -(-frames.start // self.setting.every) * self.setting.every - frames.start
         kept = slice(due, None, self.setting.every)
         if frames.record == 0 and due < len(frames):
             rows = np.column_stack([frames.times[kept], frames.profiles[kept, 0]])
             self.append("history", 0, (frames.start + due) // self.setting.every, rows)
 
+    def moved(self, name: str, value: Tensor, distance: float) -> Tensor:
+        return shifted(value, distance)
+
 # %% ../nbs/06_long_analysis.ipynb #c040764d
 @patch
 def result(self: ZonalMean) -> Arrays:
     "Mean, interval and variance of the profiles (field, y), and the history of U (history_time, y)."
-    frames, dims = sum(count for count, _ in self.blocks["profiles"].values()), ("field", "y")
-    mean, means = self.mean("profiles"), self.block_means("profiles")
+    mean, means, dims = self.mean("profiles"), self.block_means("profiles"), ("field", "y")
     about = {"long_name": "mean over x and time", "units": "of the field"}
-    variance = (self.totals["squares"] / frames - mean**2).clamp(min=0)
-    arrays = _with_interval("zonal_mean", dims, mean, self.interval(means), about, self.setting.config.level) | {
+    variance = (self.mean("squares") - mean**2).clamp(min=0)
+    arrays = _with_interval("zonal_mean", dims, mean, self.interval(means, self.sizes("profiles")), about, self.setting.config.level) | {
         "zonal_variance": (dims, _numbers(variance), {"long_name": "variance in time of the mean over x", "units": "of the field, squared"}),
         "block_zonal_mean": (("block", "y"), _numbers(means[:, 0]).astype(np.float32), {"long_name": "mean over x of u, mean over a block of frames", "units": "length/time"}),
     }
     if "history" in self.series:
         (rows,) = self.rows("history")
-        arrays["history"] = (("history_time", "y"), rows[:, 1:].astype(np.float32), {"long_name": "mean over x of u, first record, thinned", "units": "length/time"})
+        history = shifted(torch.from_numpy(rows[:, 1:].copy()), self.turns.get(0, 0.0))
+        arrays["history"] = (("history_time", "y"), history.float().numpy(), {"long_name": "mean over x of u, first record, thinned", "units": "length/time"})
         arrays["history_time"] = (("history_time",), rows[:, 0], {"units": "time"})
     return arrays
 
@@ -574,22 +619,23 @@ class ZonalEOF(Diagnostic, switch="zonal_eof_pc"):
     "EOFs of the zonal-mean u, their principal components per record, and the autocorrelation of these."
 
     def update(self, frames: Frames) -> None:
-        self.append("profiles", frames.record, frames.start, frames.profiles[:, 0].astype(frames.rows_type))
+        self.append("profiles", frames.record, frames.start, frames.profiles[:, 0].astype(frames.given.numpy().dtype))
 
-    def pieces(self, rows: np.ndarray) -> Iterator[Tensor]:
-        "Rows of a series, a bounded number at a time."
-        return (torch.from_numpy(np.array(part, np.float64)) for part in np.array_split(rows, max(1, len(rows) // 10_000)))
+    def records(self) -> Iterator[Iterator[Tensor]]:
+        "The profiles of every record, turned, a bounded number at a time."
+        for record, spool in sorted(self.series["profiles"].items()):
+            rows, distance = spool.read(), self.turns.get(record, 0.0)
+            yield (shifted(torch.from_numpy(np.array(part, np.float64)), distance) for part in np.array_split(rows, max(1, len(rows) // 10_000)))
 
     def components(self, mean: Tensor, patterns: Tensor) -> list[Tensor]:
         "PCs (n, modes) of each record."
-        return [torch.cat([principal_components(part, mean, patterns) for part in self.pieces(rows)]) for rows in self.rows("profiles")]
+        return [torch.cat([principal_components(part, mean, patterns) for part in pieces]) for pieces in self.records()]
 
     def modes(self) -> tuple[Tensor, dict[str, Tensor]]:
         "The mean profile, and all that `eofs` says of the covariance."
         covariance = ZonalCovariance()
-        for rows in self.rows("profiles"):
-            for part in self.pieces(rows):
-                covariance.update(part)
+        for part in chain.from_iterable(self.records()):
+            covariance.update(part)
         moments = covariance.result()
         return moments["mean"], eofs(moments["covariance"], self.setting.config.eof_ncomp)
 
@@ -639,8 +685,7 @@ class Divergence(Diagnostic, switch="div"):
     def update(self, frames: Frames) -> None:
         ratio = np.zeros(len(frames))
         if frames.velocity is not None:
-            power = np.square(_rows(frames._combined("divergence")))
-            ratio = np.sqrt(_dots(power, _weights(frames.side, frames.given.dtype)["square"]) / frames.mean_square("omega"))
+            ratio = np.sqrt(frames.waves("divergence")[2][:, 0] / frames.enstrophy)
         self.append("ratio", frames.record, frames.start, ratio)
 
     def result(self) -> Arrays:
@@ -662,13 +707,10 @@ class Distribution(Diagnostic, switch="PDF_U"):
         return Histogram(-reach, reach, self.setting.config.pdf_bins)
 
     def update(self, frames: Frames) -> None:
-        key, peaks = (frames.record, frames.block), frames.peaks(self.name)
-        counts = self.histogram().update(getattr(frames, self.name), (peaks[1].min(), peaks[0].max())).counts
-        self.add_to_block("counts", key, len(frames), counts)
-        value, square = frames.rows(self.name), frames.square(self.name)
-        higher = [_dots(square, other) / frames.side**2 for other in (value, square)]
-        powers = [frames.domain_mean(self.name), frames.mean_square(self.name), *higher]
-        self.add_to_block("powers", key, len(frames), torch.from_numpy(np.array([p.sum(dtype=float) for p in powers])))
+        seen = frames.points(self.name)
+        self.add_to_block("counts", frames.key, len(frames), seen.counts)
+        powers = np.column_stack([frames.domain_mean(self.name), seen.powers])
+        self.add_to_block("powers", frames.key, len(frames), powers.sum(0))
 
 # %% ../nbs/06_long_analysis.ipynb #f920c29a
 def _central(
@@ -689,7 +731,7 @@ def result(self: Distribution) -> Arrays:
     histogram.counts = sum(value for _, value in self.blocks["counts"].values())
     pdf, about = histogram.result(), {"long_name": f"probability density of {self.symbol}", "units": f"1/({self.units})"}
     scale = float(pdf["centres"][1] - pdf["centres"][0]) * float(histogram.counts.sum()) / sum(n for n, _ in self.blocks["counts"].values())
-    ends = self.positive_interval(pdf["density"], counts[:, 1:-1] / scale)
+    ends = self.positive_interval(pdf["density"], counts[:, 1:-1] / scale, self.sizes("counts"))
     arrays = _with_interval(f"pdf_{name}", (f"bin_{name}",), pdf["density"], ends, about, level) | {
         f"bin_{name}": ((f"bin_{name}",), _numbers(pdf["centres"]), {"units": self.units}),
         f"counts_{name}": ((f"slot_{name}",), histogram.counts.numpy(), {"long_name": "counts: below the bins, in each, above", "units": "1"}),
@@ -734,10 +776,9 @@ class Spectra(Diagnostic, switch="spectra"):
     "Mean spectra, with intervals, of energy and enstrophy per shell |k| and of energy per zonal wavenumber |kx|; and of energy per wave."
 
     def update(self, frames: Frames) -> None:
-        key, velocity = (frames.record, frames.block), frames.velocity is not None
-        self.add_to_block("omega", key, len(frames), frames.omega_total)
-        if velocity:
-            self.add_to_block("velocity", key, len(frames), _total(frames.velocity_power))
+        self.add_to_block("omega", frames.key, len(frames), frames.waves("omega")[1])
+        if frames.velocity is not None:
+            self.add_to_block("velocity", frames.key, len(frames), frames.waves("u")[1] + frames.waves("v")[1])
 
     def power(self, name: str, of: Callable[[Diagnostic, str], Tensor]) -> Tensor:
         "Energy or enstrophy of every wave (…, N·(N/2+1)), of what `of` makes of the blocks' sums of squared parts."
@@ -757,7 +798,7 @@ def result(self: Spectra) -> Arrays:
     for name, (dim, about, unit) in units.items():
         of, by = ("energy", "zonal") if name == "zonal" else (name, "shell")
         mean, blocks = (_summed(self.power(of, what), N, by) for what in (Diagnostic.mean, Diagnostic.block_means))
-        arrays |= _with_interval(named[name], (dim,), mean, self.positive_interval(mean, blocks), {"long_name": about, "units": unit}, self.setting.config.level)
+        arrays |= _with_interval(named[name], (dim,), mean, self.positive_interval(mean, blocks, self.sizes("omega")), {"long_name": about, "units": unit}, self.setting.config.level)
         arrays[f"block_{named[name]}"] = (("block", dim), _numbers(blocks).astype(np.float32), {"long_name": f"{about}, mean over a block of frames", "units": unit})
     power = np.fft.fftshift(_numbers(self.power("energy", Diagnostic.mean)).reshape(N, N // 2 + 1), axes=0)
     arrays["wave_energy"] = (("kx", "ky"), power.astype(np.float32), {"long_name": "kinetic energy per wave, its conjugate included", "units": "length²/time²"})
@@ -768,7 +809,7 @@ class Py2DSpectra(Diagnostic, switch="py2d_spectra"):
     "Mean amplitude spectra of u, v and ω by Py2D's conventions: `spectrum_angled_average` and `spectrum_zonal_average`."
 
     def update(self, frames: Frames) -> None:
-        N, key = frames.side, (frames.record, frames.block)
+        N, key = frames.side, frames.key
         fields = torch.stack([frames.u, frames.v, frames.omega], 1).double()
         waves = grid(N)
         amplitude = (torch.fft.rfft2(fields).abs() * waves.weights / N**2).sum(0).flatten(-2)
@@ -787,7 +828,7 @@ class Energetics(Diagnostic, switch="energetics"):
     "Time, energy ½⟨u² + v²⟩ and enstrophy ½⟨ω²⟩ of every frame."
 
     def update(self, frames: Frames) -> None:
-        self.append("rows", frames.record, frames.start, np.stack([frames.times, frames.energy, frames.mean_square("omega") / 2], 1))
+        self.append("rows", frames.record, frames.start, np.stack([frames.times, frames.energy, frames.enstrophy], 1))
 
 # %% ../nbs/06_long_analysis.ipynb #f79abe42
 @patch
@@ -799,10 +840,11 @@ def result(self: Energetics) -> Arrays:
         row[: len(record)] = record[:, :3]
     units = {"time": "time", "energy": "length²/time²", "enstrophy": "1/time²"}
     arrays = {name: (("record", "frame"), padded[:, :, i], {"units": unit, "long_name": name}) for i, (name, unit) in enumerate(units.items())}
-    whole = np.concatenate([record[: len(record) // block * block].reshape(-1, block, 3).mean(1) for record in records])
+    means = [record[: len(record) // block * block].reshape(-1, block, 3).mean(1) for record in records]
+    whole, sizes = np.concatenate(means), [len(of_record) for of_record in means if len(of_record)]
     for i, name in ((1, "energy"), (2, "enstrophy")):
         arrays[f"block_{name}"] = (("block",), whole[:, i], {"units": units[name], "long_name": f"{name}, mean over a block of frames"})
-        ends = self.interval(torch.from_numpy(whole[:, i].copy()))
+        ends = self.interval(torch.from_numpy(whole[:, i].copy()), sizes)
         mean = torch.as_tensor(np.nanmean(padded[:, :, i]))
         arrays |= _with_interval(f"mean_{name}", (), mean, ends, {"units": units[name], "long_name": f"{name}, mean over all frames"}, self.setting.config.level)
     return arrays
@@ -824,9 +866,9 @@ class Budget(Diagnostic, switch="budget"):
     def update(self, frames: Frames) -> None:
         if self.setting.regime is None:
             return
-        scalars = [frames.energy, frames.mean_square("omega") / 2, frames.palinstrophy, *forcing_work(frames, self.setting.regime)]
-        rows = [np.stack(scalars, 1), frames.profiles[:, 0], frames.flux]
-        self.append("terms", frames.record, frames.start, np.concatenate(rows, 1, dtype=frames.rows_type))
+        scalars = [frames.energy, frames.enstrophy, frames.palinstrophy, *forcing_work(frames, self.setting.regime)]
+        rows = [np.stack(scalars, 1), frames.profiles[:, 0], frames.products[0]]
+        self.append("terms", frames.record, frames.start, np.concatenate(rows, 1, dtype=frames.given.numpy().dtype))
 
 # %% ../nbs/06_long_analysis.ipynb #dfa6ee67
 @patch
@@ -853,27 +895,64 @@ def result(self: Budget) -> Arrays:
 
 # %% ../nbs/06_long_analysis.ipynb #d5a9344f
 class Symmetry(Diagnostic, switch="symmetry"):
-    "Distance of U(y) from the mean of its images under the symmetries of a flow forced along y, and what chance makes of it."
+    "Distance of U(y) from the mean of its images under the symmetries of a flow forced along y, what chance makes of it, and which images of the records are alike."
 
     def update(self, frames: Frames) -> None:
-        self.add_to_block("profile", (frames.record, frames.block), len(frames), torch.from_numpy(frames.profiles[:, 0].sum(0)))
+        self.add_to_block("profile", frames.key, len(frames), frames.profiles[:, 0].sum(0))
+
+    @property
+    def symmetric(self) -> bool:
+        "Is the forcing one along y?"
+        return self.setting.regime is not None and not self.setting.regime.fkx and self.setting.regime.fky >= 1
 
     def result(self) -> Arrays:
-        regime, kept = self.setting.regime, [value for _, value in sorted(self.blocks["profile"].items(), key=lambda item: item[0])]
-        if regime is None or regime.fkx or regime.fky < 1 or sum(count == self.setting.block for count, _ in kept) < 6:
-            return {}
-        test = SymmetryTest(regime, self.setting.block)
-        test.sums = dict(enumerate(kept))
-        found, unit = test.result(), "length/time"
-        about = {"asymmetry": ("distance of the mean zonal flow from its symmetric part, root mean square", unit), "chance": ("95 % point of the asymmetry if the flow is symmetric", unit), "p_value": ("probability of such an asymmetry by chance", "1")}
-        return {f"symmetry_{name}": ((), float(found[name]), {"long_name": text, "units": units}) for name, (text, units) in about.items()}
+        about = {"long_name": "mean over x and time of u, records turned to be alike", "units": "length/time"}
+        return {"turned_profile": (("y",), _numbers(self.alike()[1]), about)} | self.tested() if self.symmetric else {}
 
 # %% ../nbs/06_long_analysis.ipynb #dbc251d7
+@patch
+def alike(self: Symmetry) -> tuple[dict[int, int], Tensor]:
+    "For every record the number of shifts by 2π/fky that brings it nearest to the reference, or to the common mean; and the mean (N,) of what results."
+    sums, fky = {}, int(self.setting.regime.fky)
+    for record, count, total in self.block_sums("profile"):
+        frames, so_far = sums.get(record, (0, 0.0))
+        sums[record] = frames + count, so_far + total
+    means = {record: total / frames for record, (frames, total) in sums.items()}
+    reference, images = next(iter(means.values())) if self.setting.reference is None else self.setting.reference, {}
+    for _ in range(10):
+        before, found = images, {record: nearest_image(mean, reference, fky) for record, mean in means.items()}
+        images = {record: number for record, (_, number) in found.items()}
+        common = sum(sums[record][0] * image for record, (image, _) in found.items()) / sum(frames for frames, _ in sums.values())
+        if images == before or self.setting.reference is not None:
+            break
+        reference = common
+    return images, common
+
+
+@patch
+def distances(self: Symmetry) -> dict[int, float]:
+    "How far along y each record is moved to be compared; nothing where the forcing has no such symmetry."
+    return {record: 2 * math.pi / self.setting.regime.fky * number for record, number in self.alike()[0].items()} if self.symmetric else {}
+
+# %% ../nbs/06_long_analysis.ipynb #a914e467
+@patch
+def tested(self: Symmetry) -> Arrays:
+    "The symmetry test; nothing with fewer than 6 whole blocks."
+    kept = [(count, value) for _, count, value in self.block_sums("profile")]
+    if sum(count == self.setting.block for count, _ in kept) < 6:
+        return {}
+    test = SymmetryTest(self.setting.regime, self.setting.block)
+    test.sums = dict(enumerate(kept))
+    found, unit = test.result(), "length/time"
+    about = {"asymmetry": ("distance of the mean zonal flow from its symmetric part, root mean square", unit), "chance": ("95 % point of the asymmetry if the flow is symmetric", unit), "p_value": ("probability of such an asymmetry by chance", "1")}
+    return {f"symmetry_{name}": ((), float(found[name]), {"long_name": text, "units": units}) for name, (text, units) in about.items()}
+
+# %% ../nbs/06_long_analysis.ipynb #71f837ab
 class Artefact(Diagnostic, switch="artefact"):
     "Power of ω on the multiples of the patch wavenumber beside that of their neighbours; 1 is no artefact."
 
     def update(self, frames: Frames) -> None:
-        self.add_to_block("omega", (frames.record, frames.block), len(frames), frames.omega_total)
+        self.add_to_block("omega", frames.key, len(frames), frames.waves("omega")[1])
 
     def result(self) -> Arrays:
         size, regime = self.setting.patch_size, self.setting.regime
@@ -882,7 +961,7 @@ class Artefact(Diagnostic, switch="artefact"):
             return {}
         power = lambda parts: (parts * torch.from_numpy(_weights(N)["square"])).unflatten(-1, (N, N // 2 + 1, 2)).sum(-1)
         found = artefact_score(power(self.mean("omega")), size, regime)
-        ends = self.interval(artefact_score(power(self.block_means("omega")), size, regime))
+        ends = self.interval(artefact_score(power(self.block_means("omega")), size, regime), self.sizes("omega"))
         about = {"long_name": f"power at multiples of the wavenumber {N // size} of the patches over that beside them, largest", "units": "1"}
         return _with_interval("artefact", (), found, ends, about, self.setting.config.level)
 
@@ -896,7 +975,7 @@ class Extremes(Diagnostic, switch="return_period"):
     prefix = ""
 
     def update(self, frames: Frames) -> None:
-        self.append("peaks", frames.record, frames.start, np.stack([frames.times, *frames.peaks("u"), *frames.peaks("omega")], 1))
+        self.append("peaks", frames.record, frames.start, np.stack([frames.times, *frames.points("u").peaks, *frames.points("omega").peaks], 1))
 
 
 class AnomalyExtremes(Extremes, switch="return_period_anomaly"):
@@ -904,20 +983,8 @@ class AnomalyExtremes(Extremes, switch="return_period_anomaly"):
 
     prefix = "anomaly_"
 
-    @cached_property
-    def rows_of_climate(self) -> dict[np.dtype, np.ndarray]:
-        "The climatology as rows (3, N²), in both precisions."
-        rows = self.setting.climate.flatten(1).double().numpy()
-        return {rows.dtype: rows, np.dtype(np.float32): rows.astype(np.float32)}
-
     def update(self, frames: Frames) -> None:
-        peaks, climate = [frames.times], self.rows_of_climate[frames.rows_type]
-        for name, i in (("u", 0), ("omega", 2)):
-            anomaly = frames.rows(name) - climate[i]
-            peaks += [anomaly.max(1), anomaly.min(1)]
-        self.append("peaks", frames.record, frames.start, np.stack(peaks, 1))
-
-
+        self.append("peaks", frames.record, frames.start, np.stack([frames.times, *frames.points("u").anomaly_peaks, *frames.points("omega").anomaly_peaks], 1))
 
 # %% ../nbs/06_long_analysis.ipynb #3218cbcc
 FEWEST, MOST = 30, 500  # events or blocks that a fit is made of
@@ -1025,51 +1092,29 @@ def _finite_frames(given: Tensor) -> int:
 def frames_of(
     record: Record,
     number: int,  # of the record in its source
-    block: int = 2**62,  # frames in a block
+    setting: Setting,  # gives the length of the blocks, and what is looked for
     span: tuple[int, int] | None = None,  # frames to read, counted from 0; default all
     points: int = 2**18,  # of one field over a piece, but at least 8 frames: what a cache holds
 ) -> Iterator[Frames]:
     "The record in pieces; ends at the first frame that is not finite."
     start, end = span or (0, len(record))
-    size = max(8, points // record.side**2)
+    size, block, more = max(8, points // record.side**2), setting.block, setting.looked_for
     while start < end:
         stop = min(start + size, end, (start // block + 1) * block)
         read = record.read(start, stop)
         good = _finite_frames(next(iter(read.values())))
         if good:
-            yield Frames(number, record.times[start : start + good], **{k: f[:good] for k, f in read.items()}, start=start, block=start // block)
+            yield Frames(number, record.times[start : start + good], **{k: f[:good] for k, f in read.items()}, start=start, block=start // block, **more)
         if good < stop - start:
             note(f"{record.where(start + good)} is not finite: the record ends before it")
             return
         start = stop
 
 # %% ../nbs/06_long_analysis.ipynb #2228b381
-def accumulate(
-    records: Sequence[Record],
-    setting: Setting,
-    names: Sequence[str] | None = None,  # of diagnostics; default what the config switches on
-    spans: Mapping[int, tuple[int, int]] | None = None,  # record: its frames to look at; default all of all
-) -> dict[str, Diagnostic]:
-    "The diagnostics after one pass over `records`, or over a part of them."
-    diagnostics = {name: DIAGNOSTICS[name](setting) for name in (switched_on(setting.config) if names is None else names)}
-    torch.empty(2**24, dtype=torch.uint8)  # the C library then keeps freed pieces instead of asking the system for each
-    for number, span in (spans or {i: (0, len(record)) for i, record in enumerate(records)}).items():
-        pieces = 0
-        for frames in frames_of(records[number], number, setting.block, span):
-            pieces += len(frames)
-            for diagnostic in diagnostics.values():
-                diagnostic.update(frames)
-        if not pieces and span[0] == 0:
-            raise LabError(f"{records[number].where(0)} is not finite: nothing to analyse in {records[number].label}")
-    return diagnostics
-
-
-
-# %% ../nbs/06_long_analysis.ipynb #1dc4ac51
 def part_of(
     records: Sequence[Record],
     part: tuple[int, int],  # (i, n): the i-th of n parts, counted from 1
-    block: int = 1,  # frames in a block; a part begins and ends with one
+    block: int,  # frames in a block; a part begins and ends with one
 ) -> dict[int, tuple[int, int]]:  # record: its frames in the part
     "Which frames of which records the part holds."
     i, n = part
@@ -1082,6 +1127,31 @@ def part_of(
             spans[number] = (a, b)
         before += len(record)
     return spans
+
+# %% ../nbs/06_long_analysis.ipynb #2e759ceb
+def accumulate(
+    records: Sequence[Record],
+    setting: Setting,
+    names: Sequence[str] | None = None,  # of diagnostics; default what the config switches on
+    part: tuple[int, int] = (1, 1),  # (i, n): look at the i-th of n parts, counted from 1
+    meter: Meter | None = None,  # counts frames
+) -> dict[str, Diagnostic]:
+    "The diagnostics after one pass over `records`, or over a part of them."
+    diagnostics = {name: DIAGNOSTICS[name](setting) for name in (switched_on(setting.config) if names is None else names)}
+    torch.empty(2**24, dtype=torch.uint8)  # the C library then keeps freed pieces instead of asking the system for each
+    for number, span in part_of(records, part, setting.block).items():
+        pieces = 0
+        for frames in frames_of(records[number], number, setting, span):
+            pieces += len(frames)
+            for diagnostic in diagnostics.values():
+                diagnostic.update(frames)
+            if meter:
+                meter.update(len(frames))
+        if not pieces and span[0] == 0:
+            raise LabError(f"{records[number].where(0)} is not finite: nothing to analyse in {records[number].label}")
+    return diagnostics
+
+
 
 # %% ../nbs/06_long_analysis.ipynb #4f2fda33
 def save_kept(
@@ -1126,15 +1196,52 @@ def merge_parts(
     records: Sequence[Record],
 ) -> dict[str, Diagnostic]:
     "The diagnostics of the whole from those of its parts, in any order."
+    whole = joined(parts)
+    for number, missing in gaps(whole).items():
+        raise LabError(f"{records[number].where(missing)} is not finite or not in any part, but later frames are: set analysis.analysis_length to at most {missing}, or analyse without parts")
+    return whole
+
+
+def joined(parts: Sequence[Mapping[str, Diagnostic]]) -> dict[str, Diagnostic]:
+    "The first of the parts with what the others have kept."
     whole = dict(parts[0])
     for part in parts[1:]:
         for name, diagnostic in part.items():
             whole[name].merge(diagnostic)
-    for number, spool in sorted(whole["energetics"].series["rows"].items()):
-        missing = np.flatnonzero(spool.numbers() != np.arange(len(spool)))
-        if len(missing):
-            raise LabError(f"{records[number].where(int(missing[0]))} is not finite or not in any part, but later frames are: set analysis.analysis_length to at most {missing[0]}, or analyse without parts")
     return whole
+
+
+def gaps(diagnostics: Mapping[str, Diagnostic], first: Mapping[int, int] | None = None) -> dict[int, int]:
+    "Records some frames of which are missing among those looked at from the `first` on (default 0), and the first such frame."
+    found = {}
+    for number, spool in sorted(diagnostics["energetics"].series["rows"].items()):
+        expected = np.arange(len(spool)) + (first or {}).get(number, 0)
+        missing = np.flatnonzero(spool.numbers() != expected)
+        if len(missing):
+            found[number] = int(expected[missing[0]])
+    return found
+
+# %% ../nbs/06_long_analysis.ipynb #eddbfba3
+def side_by_side(
+    records: Sequence[Record],
+    setting: Setting,
+    part: tuple[int, int] = (1, 1),
+    workers: int | None = None,  # threads; default torch.get_num_threads()
+    desc: str = "frames",  # of what, for the progress
+) -> dict[str, Diagnostic]:
+    "`accumulate` by several threads."
+    cores, (i, n), spans = torch.get_num_threads(), part, part_of(records, part, setting.block)
+    workers = workers or cores
+    shares = [((i - 1) * workers + j, n * workers) for j in range(1, workers + 1)]
+    torch.set_num_threads(1)
+    try:
+        with Meter(sum(b - a for a, b in spans.values()), desc, "frame") as meter, ThreadPoolExecutor(workers) as pool:
+            whole = joined(list(pool.map(lambda share: accumulate(records, setting, part=share, meter=meter), shares)))
+        if workers > 1 and gaps(whole, {number: a for number, (a, _) in spans.items()}):
+            return accumulate(records, setting, part=part)
+        return whole
+    finally:
+        torch.set_num_threads(cores)
 
 # %% ../nbs/06_long_analysis.ipynb #edaa73b2
 def climate_dataset(
@@ -1142,8 +1249,11 @@ def climate_dataset(
     records: Sequence[Record],
 ) -> xr.Dataset:
     "The results of all diagnostics as one data set with named dimensions, coordinates and units."
-    arrays = {name: value for part in diagnostics.values() for name, value in part.result().items()}
-    data = xr.Dataset(arrays)
+    turns = diagnostics["symmetry"].distances() if "symmetry" in diagnostics else {}
+    for part in diagnostics.values():
+        part.turns = {} if part.switch == "symmetry" else turns
+    data = xr.Dataset({name: value for part in diagnostics.values() for name, value in part.result().items()})
+    data.attrs["turns"] = json.dumps([turns.get(number, 0.0) for number in range(len(records))])
     for axis in ("x", "y"):
         if axis in data.dims:
             points = np.arange(data.sizes[axis]) * 2 * np.pi / data.sizes[axis]
@@ -1212,11 +1322,15 @@ def climate_distances(
     return summary_distances(climate_summary(a), climate_summary(truth), truth)
 
 
+def _memory_in_blocks(data: xr.Dataset) -> int:
+    "How many neighbouring blocks are drawn together."
+    return block_length(torch.tensor(data.block_energy.values)) if data.sizes["block"] >= 8 else 1
+
+
 def _draws(data: xr.Dataset, resamples: int, seed: int, size: int | None = None) -> list[np.ndarray]:
     "Resampled block numbers: neighbours together for as long as the energy remembers."
-    energy, rng = data.block_energy.values, np.random.default_rng(seed)
-    n, size = len(energy), size or len(energy)
-    length = block_length(torch.tensor(energy)) if n >= 8 else 1
+    n, rng, length = data.sizes["block"], np.random.default_rng(seed), _memory_in_blocks(data)
+    size = size or n
     starts = rng.integers(n, size=(resamples, math.ceil(size / length), 1))
     return list(((starts + np.arange(length)) % n).reshape(resamples, -1)[:, :size])
 
@@ -1244,14 +1358,19 @@ def chance_distances(truth: xr.Dataset) -> dict[str, float]:
 
 def chance_points(
     truth: xr.Dataset,
-    size: int,  # blocks' worth of frames in the climate that is compared
+    climate: xr.Dataset,  # only its length counts
     resamples: int = 200,
-    level: float = 0.95,
 ) -> dict[str, float]:
-    "Distances that two draws from the truth's own climate, one of `size` blocks, exceed with probability 1 − `level`."
+    "Distances that a climate of that length from the truth's own flow exceeds with a probability of 1 − `level`, the truth's attribute. With fewer than 8 blocks of truth: twice the distance of its halves."
+    blocks = truth.sizes["block"]
+    if blocks < 8:
+        return {name: 2 * value for name, value in chance_distances(truth).items()}
+    size = max(1, round(climate.sizes["block"] * climate.attrs.get("block_frames", 1) / truth.attrs.get("block_frames", 1)))
     pairs = zip(_draws(truth, resamples, 2, size), _draws(truth, resamples, 3))
     drawn = [summary_distances(climate_summary(truth, i), climate_summary(truth, j), truth) for i, j in pairs]
-    return {name: float(np.quantile([d[name] for d in drawn], level)) for name in drawn[0]}
+    level, stretches = float(truth.attrs.get("level", 0.95)), max(3.0, blocks / _memory_in_blocks(truth))
+    wider = scipy.stats.t.ppf((1 + level) / 2, stretches - 1) / scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt(stretches / (stretches - 1))
+    return {name: float(wider * np.quantile([d[name] for d in drawn], level)) for name in drawn[0]}
 
 # %% ../nbs/06_long_analysis.ipynb #0807e44c
 def standing(data: xr.Dataset) -> dict[str, Stationarity]:
@@ -1373,9 +1492,9 @@ BLOCKS = 32
 
 
 def block_frames(records: Sequence[Record]) -> int:
-    "Frames per block: a 32nd of all, less where a record holds less, but no less than a 128th of all."
+    "Frames per block: a 32nd of all, less where a record would not hold 8 of them, but no less than a 128th of all."
     total = sum(map(len, records))
-    return max(1, total // (4 * BLOCKS), min(total // BLOCKS, *map(len, records)))
+    return max(1, total // (4 * BLOCKS), min(total // BLOCKS, *(len(record) // 8 for record in records)))
 
 
 def bin_ranges(
@@ -1390,7 +1509,7 @@ def bin_ranges(
         for i in np.unique(np.linspace(0, len(record) - 1, per_record).astype(int)):
             seen = Frames(0, record.times[i : i + 1], **record.read(i, i + 1))
             for name in largest:
-                largest[name] = max(largest[name], float(np.abs(seen.peaks(name)).max()))
+                largest[name] = max(largest[name], float(np.abs(seen.rows(name)).max()))
     round_up = lambda x: math.ceil(x / 10 ** (math.floor(math.log10(x)) - 1)) * 10 ** (math.floor(math.log10(x)) - 1)
     return {name: round_up(room * value) if value else 1.0 for name, value in largest.items()}
 
@@ -1403,6 +1522,7 @@ def _made_from(run: Run, records: Sequence[Record], setting: Setting) -> str:
     sections = {name: run.config.section(name).model_dump(mode="json") for name in (scored_section(run), climate_section(run))}
     held = [[r.label, len(r), float(r.times[0]), float(r.times[-1]), float(next(iter(r.read(len(r) - 1, len(r)).values())).double().sum())] for r in records]
     known = {"analysis": asked, "ranges": dict(setting.ranges), "thresholds": dict(setting.thresholds), "patch_size": setting.patch_size, "records": held}
+    known["reference"] = None if setting.reference is None else setting.reference.tolist()
     return json.dumps(sections | known, sort_keys=True)
 
 # %% ../nbs/06_long_analysis.ipynb #c6d4351b
@@ -1427,20 +1547,20 @@ def parts_of(
 def take_part(run: Run, name: str, records: Sequence[Record], setting: Setting) -> None:
     "Analyse a part of a source and write what was kept to `long_analyses/parts/<source>.<i>of<n>.npz`; not again if it is there."
     i, n = setting.config.part
-    target, made_from = run.path / "long_analyses" / "parts" / f"{name}.{i}of{n}.npz", _made_from(run, records, replace(setting, thresholds={}))
+    target, made_from = run.path / "long_analyses" / "parts" / f"{name}.{i}of{n}.npz", _made_from(run, records, replace(setting, thresholds={}, reference=None))
     if target.exists():
         with np.load(target) as old:
             if str(old["about"]) == made_from:
                 return
-    save_kept(target, accumulate(records, setting, spans=part_of(records, (i, n), setting.block)), made_from)
+    save_kept(target, side_by_side(records, setting, (i, n), desc=f"{name}, part {i} of {n}"), made_from)
 
 # %% ../nbs/06_long_analysis.ipynb #43a0f262
 def kept_of(run: Run, name: str, records: Sequence[Record], setting: Setting) -> dict[str, Diagnostic]:
     "The diagnostics of a source: from one pass, or from the parts in the runs of `analysis.merge`."
     if not setting.config.merge:
-        return accumulate(records, setting)
+        return side_by_side(records, setting, desc=name)
     parts, abouts = parts_of([run_folder(folder) for folder in setting.config.merge], name, setting)
-    if abouts != {_made_from(run, records, replace(setting, thresholds={}))}:
+    if abouts != {_made_from(run, records, replace(setting, thresholds={}, reference=None))}:
         raise LabError(f"analysis.merge: the parts of {name} were made from other settings or frames than those of this run; analyse them again")
     return merge_parts(parts, records)
 
@@ -1460,10 +1580,8 @@ def analyse_source(
         if old.attrs.get("made_from") == made_from:
             return old
     data = climate_dataset(kept_of(run, name, records, setting), records)
-    data.attrs = {"title": f"Long analysis of {name}", "config": run.config.to_toml(), "made_from": made_from, "step": setting.step} | dict(attributes)
+    data.attrs |= {"title": f"Long analysis of {name}", "config": run.config.to_toml(), "made_from": made_from, "step": setting.step} | dict(attributes)
     data.attrs |= {"level": setting.config.level, "block_frames": setting.block, "ended_early": json.dumps(ended_early(data, records)), "drifts": json.dumps(drifting(data))}
-    if name == "truth":
-        data.attrs["chance_distances"] = json.dumps(chance_distances(data))
     with atomic(target) as part:
         data.to_netcdf(part, engine="h5netcdf", encoding=_small(data))
     return data
@@ -1494,13 +1612,14 @@ def setting_for(setting: Setting, records: Sequence[Record]) -> Setting:
     return replace(setting, block=block_frames(records), every=max(1, len(records[0]) // 500))
 
 
-def thresholds_of(truth: xr.Dataset) -> dict[str, list[float]]:
-    "Thresholds and gaps of the truth's extremes, as maxima, for the other sources."
+def judged_by(setting: Setting, truth: xr.Dataset) -> Setting:
+    "The setting of the other sources: with thresholds and gaps of the truth's extremes, as maxima, and with its zonal flow."
     found, signs = {}, np.array([1, -1, 1, -1])
     for prefix in ("", "anomaly_"):
         if f"{prefix}threshold" in truth:
             found |= {f"{prefix}threshold": (signs * truth[f"{prefix}threshold"].values).tolist(), f"{prefix}gap": truth[f"{prefix}gap"].values.tolist()}
-    return found
+    reference = torch.tensor(truth.turned_profile.values) if "turned_profile" in truth else None
+    return replace(setting, thresholds=found, reference=reference)
 
 # %% ../nbs/06_long_analysis.ipynb #063ef502
 def long_analysis(run: Run) -> dict[str, xr.Dataset]:
@@ -1532,12 +1651,12 @@ def _analyse_all(run: Run, sources: Mapping[str, list[Record]], left_out: Mappin
     for name in left_out.keys() - sources.keys():
         (run.path / "long_analyses" / f"{name}.nc").unlink(missing_ok=True)
     climates: dict[str, xr.Dataset] = {}
-    for name, records in progress(sources.items(), desc="climates"):
+    for name, records in sources.items():
         mine = setting_for(setting, records)
         if setting.config.part:
             take_part(run, name, records, mine)
             continue
-        mine = replace(mine, thresholds=thresholds_of(climates["truth"]) if climates else {})
+        mine = judged_by(mine, climates["truth"]) if climates else mine
         climates[name] = analyse_source(run, name, records, mine, about | {"left_out": json.dumps(left_out[name])})
     return climates
 
@@ -1673,7 +1792,8 @@ def _interval_text(value: float, interval: tuple[float, float] | None) -> str:
 def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
     "A row per source: distances from the truth with intervals, and how much was analysed."
     truth = climates["truth"]
-    rows = [{"source": "truth, half against half"} | {name: f"{value:.3g}" for name, value in json.loads(truth.attrs["chance_distances"]).items()}]
+    longest = max((data for source, data in climates.items() if source != "truth"), key=lambda data: data.sizes["block"])
+    rows = [{"source": "another record of the truth"} | {name: f"< {value:.2g}" for name, value in chance_points(truth, longest).items()}]
     for source, data in climates.items():
         if source == "truth":
             continue
@@ -1683,14 +1803,15 @@ def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
             rows[-1]["ω outside the bins"] = f"{outside(data, 'omega'):.2%}"
     for row, data in zip(rows, climates.values()):
         row["frames"] = int(np.isfinite(data.energy.values).sum())
-    return Table(rows, "Distances from the climate of the truth; the first row is what chance does")
+    return Table(rows, f"Distances from the climate of the truth; the first row is what chance stays below in {float(truth.attrs.get('level', 0.95)):.0%} of cases")
 
 # %% ../nbs/06_long_analysis.ipynb #84638569
 def standing_table(climates: Mapping[str, xr.Dataset]) -> Table:
     "A row per source: does it stand still, and does it ever blow up?"
     rows = []
     for source, data in climates.items():
-        row = {"source": source}
+        turned = ", ".join(f"{distance:.2g}" for distance in json.loads(data.attrs["turns"]))
+        row = {"source": source, "records, moved along y by": turned}
         for name, found in standing(data).items():
             row |= {f"{name}": found.verdict, f"change of {name} over a record (σ)": f"{found.change:+.2f}", f"memory of {name} (time)": found.memory}
         bad = blow_ups(data, climates["truth"])
@@ -1718,17 +1839,16 @@ def physics_table(climates: Mapping[str, xr.Dataset]) -> Table:
 
 # %% ../nbs/06_long_analysis.ipynb #e4e5f670
 def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
-    "One sentence per source: whether it stands still, and which distances exceed twice what separates the halves of the truth."
+    "One sentence per source: whether it stands still, and which of its distances chance alone would hardly make."
     truth, sentences = climates["truth"], []
     if moving := drifting(truth):
         sentences.append(f"The truth itself drifts, {' and '.join(moving)}: its record is too short for a climate, and no distance from it is evidence.")
-    chance = json.loads(truth.attrs["chance_distances"])
     for source, data in climates.items():
         if source == "truth":
             continue
-        distances = climate_distances(data, truth)
-        beyond = [f"{name} {value:.2g} (chance: {chance[name]:.2g})" for name, value in distances.items() if value > 2 * chance[name] or math.isnan(value)]
-        told = f"differs from the truth by more than twice what chance does in {', '.join(beyond)}" if beyond else "differs from the truth in nothing by more than twice what chance does"
+        distances, chance = climate_distances(data, truth), chance_points(truth, data)
+        beyond = [f"{name} {value:.2g} (chance: below {chance[name]:.2g})" for name, value in distances.items() if not value <= chance[name]]
+        told = f"is farther from the truth than chance explains in {', '.join(beyond)}" if beyond else "is in nothing farther from the truth than chance explains"
         moving = drifting(data)
         moving = f"; it drifts, {' and '.join(moving)}, so it has no climate and what is shown is a mean over a change" if moving else ""
         cut = [f"; {what}" for what in blow_ups(data, truth)]
