@@ -111,6 +111,25 @@ def test_bootstrap_intervals_cover(name):
     assert 0.9 <= np.mean(inside) <= 0.99
 
 
+@pytest.mark.parametrize("phi", [0.5, 0.8, 0.95])
+def test_blocks_are_twice_as_long_as_politis_and_white_have_them(phi):
+    "2 (2G²/D)^⅓ n^⅓ with the sums of the true covariances, term by term (2004, eq. 9; D of circular blocks)."
+    n, lags = 20_000, np.arange(-2000, 2001)
+    covariance = phi ** np.abs(lags)
+    G, D = (np.abs(lags) * covariance).sum(), 4 / 3 * covariance.sum() ** 2
+    found = [block_length(s) for s in series([1.0, -phi], n, 20)]
+    assert np.mean(found) == pytest.approx(2 * (2 * G**2 / D * n) ** (1 / 3), rel=0.1)
+
+
+@pytest.mark.parametrize("n, longest, covered", [(16, 0.4, 0.82), (32, 0.1, 0.86), (64, 0.02, 0.9)])
+def test_short_series_without_memory_get_short_blocks_and_those_with_some_are_covered(n, longest, covered):
+    white, walk = series([1.0], n, 500, seed=4), series([1.0, -0.5], n, 500, seed=5)
+    lengths = np.array([block_length(s) for s in white])
+    assert np.median(lengths) == 1 and np.mean(lengths == n // 4) < longest
+    inside = lambda x: np.mean([share(block_bootstrap(s, None, block_length(s), 300), 0.0) for s in x])
+    assert inside(white) > 0.93 and inside(walk) > covered
+
+
 def test_paired_curves_are_drawn_together():
     "Two forecasts that differ by a constant have a difference without scatter, however much both scatter."
     starts = torch.tensor(np.random.default_rng(0).normal(size=(30, 1, 8)))

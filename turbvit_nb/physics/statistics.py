@@ -39,10 +39,10 @@ def _decay_time(total: Tensor, power: int) -> Tensor:
     return torch.where(total > 1, power / torch.log((total + 1) / (total - 1).clamp(min=1e-12)), 0.0)
 
 # %% ../../nbs/physics/04_statistics.ipynb #1a3cb3b7
-def _memory(series: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Of `series` (…, n): the autocorrelation time in samples, at least 1; the window, in lags; the decay time of the correlations' size. Each (…)."
+def _memory(series: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    "Of `series` (…, n): the autocorrelation time in samples, at least 1; the window, in lags; the decay time of the correlations' size, their squares less `floor`. Each (…)."
     n, rho = series.shape[-1], _correlations(series)
-    tau, size = 1 + 2 * rho.cumsum(-1), 1 + 2 * rho.square().cumsum(-1)
+    tau, size = 1 + 2 * rho.cumsum(-1), 1 + 2 * (rho.square() - floor).cumsum(-1)
     decay = torch.maximum(_decay_time(tau, 1), _decay_time(size, 2))
     lags = torch.arange(1, rho.shape[-1] + 1, dtype=torch.float64, device=series.device)
     slow = 1.5 * decay.clamp(min=1e-3)
@@ -200,11 +200,12 @@ def block_bootstrap(
 def block_length(
     series: Tensor,  # (…, n), equally spaced in time
 ) -> int:
-    "Length of blocks that hold the memory of all of the `series`, in samples, between 1 and n // 4."
+    "Length of blocks that hold the memory of all of the `series`, in samples, between 1 and n // 4: twice what Politis & White (2004) have for an AR(1) of that memory."
     series = torch.as_tensor(series).double()
-    time, _, decay = _memory(series)
-    n, slowest = series.shape[-1], float(torch.maximum(time, 2 * decay).max())
-    return max(1, min(math.ceil(1.5 * (slowest**2 * n) ** (1 / 3)), n // 4)) if slowest > 1.5 else 1
+    n = series.shape[-1]
+    time, _, decay = _memory(series, 1 / n)
+    slowest = float(torch.maximum(time, 2 * decay).max())
+    return max(1, min(math.ceil((3 * (slowest - 1 / slowest) ** 2 * n) ** (1 / 3)), n // 4)) if slowest > 1.4 else 1
 
 # %% ../../nbs/physics/04_statistics.ipynb #0624ed77
 class BlockMeans:
