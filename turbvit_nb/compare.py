@@ -143,10 +143,10 @@ def _lacking(entry: Entry, folder: Path) -> list[str]:
 BUDGETED = ("energy", "enstrophy")
 
 
-def series(climate: xr.Dataset, name: str) -> torch.Tensor:
-    "A series of a climate (n,), its records end to end, float64; frames that are not finite are left out."
-    values = torch.from_numpy(climate[name].transpose("record", "frame").values.astype(float)).flatten()
-    return values[values.isfinite()]
+def series(climate: xr.Dataset, name: str) -> list[torch.Tensor]:
+    "The series of every record of a climate, (n_i,), float64, without what is not finite."
+    records = torch.from_numpy(climate[name].transpose("record", "frame").values.astype(float))
+    return [record[record.isfinite()] for record in records]
 
 
 def climate_bias(
@@ -155,10 +155,12 @@ def climate_bias(
     name: str,  # of `BUDGETED`
     other: xr.Dataset | None = None,  # what the climate is compared with; default the truth itself
 ) -> tuple[float, float, float]:
-    "Time mean of a series less that of the other, over the truth's, and the ends of its 95 % interval, autocorrelation allowed for."
+    "Time mean of a series less that of the other, over the truth's, and the ends of its 95 % interval: autocorrelation within records, and differences between them, allowed for."
     mine, theirs = series(climate, name), series(truth if other is None else other, name)
-    ends = (math.nan, math.nan) if min(len(mine), len(theirs)) < 8 else difference_interval(mine, theirs)
-    return tuple(float(value / series(truth, name).mean()) for value in (mine.mean() - theirs.mean(), *ends))
+    apart = torch.cat(mine).mean() - torch.cat(theirs).mean()
+    long = [[record for record in records if len(record) >= 8] for records in (mine, theirs)]
+    ends = difference_interval(*long) if all(long) else (math.nan, math.nan)
+    return tuple(float(value / torch.cat(series(truth, name)).mean()) for value in (apart, *ends))
 
 # %% ../nbs/07_compare.ipynb #69d4a064
 def state_of(climate: xr.Dataset) -> str:
