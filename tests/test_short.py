@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 import scoringrules
 import torch
 import xarray as xr
@@ -19,8 +22,9 @@ from turbvit_nb.datasets import DatasetConfig, GenerateConfig, generate, open_da
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.model import Emulator, Normaliser, load_emulator
-from turbvit_nb.physics.predictability import twin_forecast
-from turbvit_nb.physics.py2d import find_runs, open_store
+from turbvit_nb.physics import predictability
+from turbvit_nb.physics.predictability import LinearForecast, fit_autoregression, twin_forecast
+from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, find_runs, open_store
 from turbvit_nb.physics.spectral import Grid
 from turbvit_nb.short_analysis import FORECASTS, Starts, curve, curve_interval, horizons, open_scored, read_short, score_ensemble, short_analysis, start_samples, verdict
 from turbvit_nb.train import train
@@ -186,6 +190,128 @@ def test_the_linear_model_is_the_regression_it_says_it_is(truth, folder):
         state = mean + (past[0] @ modes).reshape(2, N, N) + damping[:, lead - 1, None, None] * rest
         wrong = np.sqrt(((state - uv[3][frame - 1 + lead]) ** 2).mean((1, 2)))
         np.testing.assert_allclose(scores.rmse.sel(forecast="linear", lead=lead).values[2][:2], wrong, rtol=1e-3)
+
+
+class Waves:
+    "A flow that is linear: the coefficients z of six waves follow z(t+1) = z(t) A + noise, four more waves are noise without memory."
+
+    R, extra = 6, 0.03  # waves with memory; variance of each of the other four
+
+    def __init__(self, rng: np.random.Generator):
+        turn = lambda r, a: r * np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+        blocks, mix = scipy.linalg.block_diag(turn(0.93, 0.5), turn(0.85, 0.15), 0.8, 0.5), np.eye(self.R) + 0.25 * rng.normal(size=(self.R, self.R))
+        self.A, root = np.linalg.inv(mix) @ blocks @ mix, rng.normal(size=(self.R, self.R))
+        self.Q = 0.1 * (root @ root.T / self.R + 0.3 * np.eye(self.R))
+        self.P = scipy.linalg.solve_discrete_lyapunov(self.A.T, self.Q)
+        y, x = np.meshgrid(*[np.arange(N) * 2 * np.pi / N] * 2)
+        waves = [f(k * x + l * y) for k, l in ((0, 1), (1, 0), (1, 1), (2, 1), (0, 2)) for f in (np.cos, np.sin)]
+        self.omega = np.array([w / np.sqrt((velocity(w) ** 2).mean((-2, -1)).sum()) for w in waves])  # so that ⟨u² + v²⟩ = 1
+
+    def series(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        "The coefficients (n, 10) of one stretch of time."
+        z, noise = [rng.multivariate_normal(np.zeros(self.R), self.P)], rng.multivariate_normal(np.zeros(self.R), self.Q, size=n)
+        for e in noise[1:]:
+            z.append(z[-1] @ self.A + e)
+        return np.concatenate([z, math.sqrt(self.extra) * rng.normal(size=(n, 4))], 1)
+
+    def write(self, root: Path, sizes: list[int], rng: np.random.Generator) -> list[np.ndarray]:
+        "A packed run for each size; the coefficients that are in it."
+        made = [self.series(n, rng) for n in sizes]
+        for i, z in enumerate(made, 1):
+            regime = Regime(100, fkx=0, fky=4, alpha=0.1, beta=20.0, NX=N, IC=i)
+            writer = PackedWriter(root / regime.path() / PACKED, regime, len(z))
+            for t, field in enumerate(np.tensordot(z, self.omega, 1), 1):
+                writer.append(0.1 * t, 0.7 * self.omega[4] + field)
+            writer.finish()
+        return made
+
+    def velocity(self, z: np.ndarray) -> torch.Tensor:
+        "u and v (…, 2, N, N) of coefficients (…, 6 or 10), the mean flow with them."
+        return torch.from_numpy(velocity(0.7 * self.omega[4] + np.tensordot(z, self.omega[: z.shape[-1]], 1)))
+
+    def theory(self, leads: int) -> dict[str, np.ndarray]:
+        "Mean of |error|² over starts, u and v together, (leads,), of the best forecast there is, of persistence and of climatology."
+        powers = [np.linalg.matrix_power(self.A, k) for k in range(leads + 1)]
+        best = np.cumsum([np.trace(M.T @ self.Q @ M) for M in powers[:-1]])
+        still = np.array([2 * np.trace(self.P) - 2 * np.trace(self.P @ M) for M in powers[1:]])
+        return {"linear": best + 4 * self.extra, "persistence": still + 8 * self.extra, "climatology": np.full(leads, np.trace(self.P)) + 4 * self.extra}
+
+
+@pytest.fixture(scope="module")
+def linear_flow(tmp_path_factory):
+    "A linear flow, the coefficients of its training trajectories, its fits, and the scores from a trajectory of its own, those of the true system's forecast among them."
+    rng, root, leads = np.random.default_rng(3), tmp_path_factory.mktemp("linear"), 20
+    flow = Waves(rng)
+    *made, unseen = flow.write(root, [1300, 1300, 1300, 6000], rng)
+    section = lambda which, frames: DatasetConfig(data_dir=str(root), trajectories=which, frame_range=[[1, frames + 1]], mode="read")
+    training, test = open_dataset(section([1, 2, 3], 1300)), open_dataset(section([4], 6000), num_frames=chapter.HISTORY)
+    test.targets = leads
+    damped, linear = chapter.fit_baselines(training, leads)
+    starts = Starts(test, start_samples(len(test), 800), damped.mean, torch.device("cpu"))
+    known = unseen[test.frame[starts.samples] - 1, : flow.R]
+    best = lambda group: (flow.velocity(known[group["rows"]] @ np.linalg.matrix_power(flow.A, k)) for k in range(1, leads + 1))
+    states = chapter.baseline_states(starts, chapter.Fits(damped.mean, damped, linear), None) | {"best": best}
+    return flow, made, linear, xr.concat([chapter.score_forecast(starts, name, states[name]) for name in states], "forecast")
+
+
+def test_the_regression_finds_the_operator_of_a_linear_flow_within_its_sampling_error(linear_flow):
+    "The errors of least squares have the covariance Q ⊗ P⁻¹/n, so their weighted sum of squares is χ² with a degree of freedom for each entry (Lütkepohl 2005, prop. 3.1)."
+    flow, made, linear, _ = linear_flow
+    wrong = fit_autoregression([torch.from_numpy(z[:, : flow.R].copy()) for z in made], 1)[0].numpy() - flow.A
+    distance = sum(len(z) - 1 for z in made) * np.trace(wrong.T @ flow.P @ wrong @ np.linalg.inv(flow.Q))
+    assert scipy.stats.chi2.ppf(0.001, flow.R**2) < distance < scipy.stats.chi2.ppf(0.999, flow.R**2)
+    z = flow.series(2000, np.random.default_rng(4))  # and the model that was chosen, in fields
+    history = torch.stack([flow.velocity(z[2 - i : len(z) - i]) for i in range(3)], 2)
+    alone = LinearForecast(linear.mean, linear.modes, linear.matrices)  # without what the modes leave out
+    excess = (next(alone.forecast(history, 1)) - flow.velocity(z[2:, : flow.R] @ flow.A)).square().mean((-2, -1)).sum(-1).mean()
+    assert excess < 0.01 * np.trace(flow.Q)
+
+
+def test_on_a_linear_flow_nothing_beats_the_linear_model_and_its_errors_are_those_of_theory(linear_flow):
+    flow, _, _, scores = linear_flow
+    squares = (scores.rmse.sel(field=["u", "v"]) ** 2).sum("field").mean("start")
+    theory = flow.theory(squares.sizes["lead"])
+    for name, truth in theory.items():
+        np.testing.assert_allclose(squares.sel(forecast=name), truth, rtol=0.12)  # what 6000 frames tell of a variance
+    np.testing.assert_allclose(squares.sel(forecast="linear", lead=slice(1, 5)), theory["linear"][:5], rtol=0.06)
+    ratio = (squares.sel(forecast="linear") / squares.sel(forecast="best")).values  # from the same starts
+    assert 0.995 < ratio.min() and ratio[0] < 1.06 and ratio[1:].max() < 1.02  # noise that the modes leave out persists as the whole field does, for a step
+    for name in ("persistence", "climatology"):
+        sure = theory["linear"] < 0.95 * theory[name]
+        assert sure.sum() >= 15 and (squares.sel(forecast="linear") < squares.sel(forecast=name)).values[sure].all()
+    assert (squares.sel(forecast="linear") < squares.sel(forecast="damped"))[:15].all()
+
+
+def test_the_linear_model_is_chosen_on_stretches_that_its_candidates_have_not_seen(monkeypatch):
+    "The first coefficient is the number of the stretch, so that it shows who sees which."
+    flow, rng, fitted, judged = Waves(np.random.default_rng(0)), np.random.default_rng(1), [], []
+    series = [torch.from_numpy(np.concatenate([np.full((60, 1), float(i)), flow.series(60, rng)], 1)) for i in range(20)]
+    seen = lambda tensors: {int(t) for s in tensors for t in s[..., 0].unique()}
+    fit, judge = predictability.fit_autoregression, predictability.held_out_error
+    monkeypatch.setattr(predictability, "fit_autoregression", lambda series, *rest: (fitted.append(seen(series)), fit(series, *rest))[1])
+    monkeypatch.setattr(predictability, "held_out_error", lambda matrices, past, future: (judged.append(seen([past, future])), judge(matrices, past, future))[1])
+    predictability.choose_linear(series, 8)
+    assert all(part == set(range(16)) for part in fitted[:-1]) and fitted[-1] == set(range(20))
+    assert len(judged) == len(fitted) - 1 and all(part == set(range(16, 20)) for part in judged)
+
+
+def test_no_fit_knows_the_frames_that_are_scored(folder, data, home, monkeypatch):
+    kept = dict(np.load(folder / "baselines" / "fits.npz"))
+    shutil.copytree(data, home / "changed")
+    monkeypatch.setenv("TURBVIT_DATA", str(home / "changed"))
+
+    def fitted_with_noise_in(trajectory: int) -> dict[str, np.ndarray]:
+        with h5py.File(find_runs(home / "changed" / "flow")[trajectory - 1] / PACKED, "r+") as file:
+            frames = next(item for item in file.values() if item.ndim == 3)
+            frames[:] = np.random.default_rng(trajectory).normal(size=frames.shape)
+        (folder / "baselines" / "fits.npz").unlink()
+        chapter.baseline_fits(open_run(folder, "short_analysis"))
+        return dict(np.load(folder / "baselines" / "fits.npz"))
+
+    same, other = fitted_with_noise_in(3), fitted_with_noise_in(1)
+    for name, value in kept.items():
+        np.testing.assert_array_equal(same[name], value)
+    assert all(other[name].shape != kept[name].shape or (other[name] != kept[name]).any() for name in ("mean", "damping", "modes", "matrices"))
 
 
 def test_the_ceiling_begins_with_the_emulators_error_and_would_be_perfect_without(truth, folder):

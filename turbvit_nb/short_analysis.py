@@ -265,7 +265,7 @@ def group(
             held[name][first : first + len(part)] = part
     return held
 
-
+# %% ../nbs/05_short_analysis.ipynb #654dc914
 @patch
 def groups(
     self: Starts,
@@ -517,7 +517,7 @@ def score_baselines(
         _write(scores, target)
     return xr.load_dataset(target, engine="h5netcdf")
 
-
+# %% ../nbs/05_short_analysis.ipynb #e052a656
 def _ceiling_spectrum(run: Run, starts: Starts, checkpoint: Path) -> Tensor | None:
     "The one-step error of the checkpoint, or None, with the reason, where there is no ceiling."
     if not analysis_settings(run).ceiling:
@@ -586,7 +586,7 @@ def score_members(
     scores = {"crps": space_mean(fair_crps(ensemble, there)), "energy_score": energy_score(ensemble, there)}
     return scores | {"spread": spread, "skill": skill, "rank_count": rank_histogram(ensemble, there)}
 
-
+# %% ../nbs/05_short_analysis.ipynb #e21ef33b
 def score_ensemble(
     emulator: Emulator,
     starts: Starts,
@@ -619,7 +619,7 @@ def checkpoint_names(
     names = list(wanted) if wanted is not None else ["best"] * ("best" in present) + stages
     missing = [name for name in names if name not in present]
     if missing or not names:
-        raise LabError(f"no checkpoint {', '.join(missing) or 'best'} in {folder}; it holds {', '.join(present) or 'none'}")
+        raise LabError(f"no checkpoint {', '.join(missing) or 'best'} in {folder}; it holds {', '.join(present) or 'none'}: train first, or name others in analysis.checkpoints")
     return names
 
 
@@ -997,7 +997,7 @@ def spectrum_figure(
     lines["climatology"] = first.energy_spectrum.sel(forecast="climatology", lead=lead).values
     marks = {"forcing": first.attrs["forcing_wavenumber"], "patch": first.attrs["patch_wavenumber"]}
     lines = {name: power for name, power in lines.items() if np.isfinite(power).all()}
-    return spectra(lines, "E(k) (length²/time²)", f"lead {lead * first.attrs['step']:.3g}", **marks, **axes)
+    return spectra(lines, "E(k) (length²/time²)", f"lead {lead * first.attrs['step']:.3g} time units", **marks, **axes)
 
 # %% ../nbs/05_short_analysis.ipynb #5d21f725
 def band_figure(
@@ -1032,8 +1032,8 @@ def ensemble_figure(
     unit = f" ({UNITS[field]})"
     return beside(
         curves(crps, "lead (time units)", f"fair CRPS of {symbol}{unit}"),
-        curves(both, "lead (time units)", f"of {symbol}{unit}", "spread · √((M+1)/M) and skill"),
-        ranks.opts(title=f"lead {time[-1]:.3g}", aspect=1.5, fig_inches=4, color="#56B4E9", xticks=[(r, str(r)) for r in range(0, size + 1, max(1, size // 8))]),
+        curves(both, "lead (time units)", f"spread and skill of {symbol}{unit}", "spread with the factor √((M+1)/M)"),
+        ranks.opts(title=f"lead {time[-1]:.3g} time units", aspect=1.5, fig_inches=4, color="#56B4E9", xticks=[(r, str(r)) for r in range(0, size + 1, max(1, size // 8))]),
     )
 
 # %% ../nbs/05_short_analysis.ipynb #e0f70daf
