@@ -3,10 +3,11 @@
     python benchmarks/bench_analysis.py                         # 64² and 256², Py2D's files, packed stores and rollouts
     python benchmarks/bench_analysis.py --memory                # 1,000 to 100,000 frames of 64²
     python benchmarks/bench_analysis.py --sizes 64 --each       # and every diagnostic alone
+    python benchmarks/bench_analysis.py --workers 4             # and by so many threads, in seconds of the clock (default 2)
 
 The floor is reading every frame and one real FFT of what was read, in pieces that fit the cache: in double precision, and in the single
 precision that the frames are stored in. Floor and analysis take turns in one process, on one thread, and the least CPU time of several
-rounds counts, because other processes only ever add to it. Memory is the resident set before and
+rounds counts, because other processes only ever add to it. The last two columns are by the clock, the floor still on one thread: they tell nothing on a busy machine. Memory is the resident set before and
 after the pass and after the result, and the peak, each length in a process of its own.
 """
 import argparse
@@ -23,7 +24,7 @@ import torch
 
 from fields import packed_run
 from turbvit_nb.inference import RolloutWriter, open_rollout
-from turbvit_nb.long_analysis import Record, Setting, accumulate, block_frames, climate_dataset, rollout_record, switched_on, truth_record
+from turbvit_nb.long_analysis import Record, Setting, accumulate, block_frames, climate_dataset, rollout_record, side_by_side, switched_on, truth_record
 from turbvit_nb.physics.py2d import Regime, TreeWriter, find_runs, open_store
 from turbvit_nb.physics.spectral import grid
 from turbvit_nb.short_analysis import AnalysisConfig
@@ -39,11 +40,11 @@ def floor(records: Sequence[Record], dtype: torch.dtype) -> None:
             torch.fft.rfft2(next(iter(record.read(a, min(a + size, len(record))).values())).to(dtype))
 
 
-def seconds(job: Callable) -> float:
-    "CPU time of a job, that of the system included."
-    start = time.process_time()
+def seconds(job: Callable, clock: Callable[[], float]) -> float:
+    "Time of a job."
+    start = clock()
     job()
-    return time.process_time() - start
+    return clock() - start
 
 
 def sources(folder: Path, side: int, frames: int) -> dict[str, Record]:
@@ -69,7 +70,7 @@ def setting_for(records: Sequence[Record]) -> Setting:
     return Setting(AnalysisConfig(), 0.06, torch.zeros(3, side, side), {"u": 20.0, "omega": 100.0}, block_frames(records), regime=regime, patch_size=side // 16)
 
 
-def speed(side: int, frames: int, rounds: int, each: bool) -> None:
+def speed(side: int, frames: int, rounds: int, each: bool, workers: int) -> None:
     "A line per kind of file."
     with tempfile.TemporaryDirectory() as folder:
         for kind, record in sources(Path(folder), side, frames).items():
@@ -77,9 +78,11 @@ def speed(side: int, frames: int, rounds: int, each: bool) -> None:
             jobs = {"read": lambda: [record.read(a, min(a + 16, frames)) for a in range(0, frames, 16)], "f64": lambda: floor([record], torch.float64)}
             jobs |= {"f32": lambda: floor([record], torch.float32), "all": lambda: accumulate([record], setting)}
             jobs |= {name: lambda name=name: accumulate([record], setting, [name]) for name in switched_on(setting.config)} if each else {}
-            took = {name: min(times) for name, times in zip(jobs, zip(*[[seconds(job) / frames * 1e6 for job in jobs.values()] for _ in range(rounds)]))}
+            clocks = {name: time.process_time for name in jobs} | {"f64 clock": time.perf_counter, "threads": time.perf_counter}
+            jobs |= {"f64 clock": jobs["f64"], "threads": lambda: side_by_side([record], setting, workers=workers)}
+            took = {name: min(times) for name, times in zip(jobs, zip(*[[seconds(job, clocks[name]) / frames * 1e6 for name, job in jobs.items()] for _ in range(rounds)]))}
             shown = "  ".join(f"{took[name]:8.1f}" for name in ("read", "f64", "f32", "all"))
-            print(f"{side:4}² {kind:>8}  {shown}   {took['f64'] / took['all']:5.2f} {took['f32'] / took['all']:5.2f}", flush=True)
+            print(f"{side:4}² {kind:>8}  {shown}   {took['f64'] / took['all']:5.2f} {took['f32'] / took['all']:5.2f} {took['threads']:12.1f} {took['f64 clock'] / took['threads']:7.2f}", flush=True)
             for name in switched_on(setting.config) if each else ():
                 print(f"{name:>32} {took[name]:8.1f}")
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--frames", type=int, default=None, help="frames of a source; default as many as make 64 MiB in single precision")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--each", action="store_true", help="also every diagnostic alone")
     parser.add_argument("--memory", action="store_true", help="memory at 10³, 10⁴ and 10⁵ frames instead")
     args = parser.parse_args()
@@ -117,10 +121,11 @@ def main() -> None:
             process = get_context("spawn").Process(target=memory, args=(length,))
             process.start(), process.join()
         return
-    print("              µs of CPU per frame                        floor / analysis")
-    print("                 read   + FFT 64  + FFT 32  analysis     64    32")
+    os.environ["TURBVIT_PROGRESS"] = "0"
+    print("              µs of CPU per frame                        floor / analysis   µs by the clock")
+    print(f"                 read   + FFT 64  + FFT 32  analysis     64    32    {args.workers} threads   64")
     for side in args.sizes:
-        speed(side, args.frames or 2**24 // side**2, args.rounds, args.each)
+        speed(side, args.frames or 2**24 // side**2, args.rounds, args.each, args.workers)
 
 
 if __name__ == "__main__":

@@ -411,7 +411,6 @@ class Diagnostic:
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self.totals: dict[str, Tensor] = {}
         self.blocks: dict[str, dict[tuple[int, int], tuple[int, Tensor]]] = {}  # (record, block): frames, sum
         self.series: dict[str, dict[int, Spool]] = {}
         self.turns: Mapping[int, float] = {}  # record: how far along y it is moved to be compared, where not 0
@@ -420,13 +419,6 @@ class Diagnostic:
         cls.switch = DIAGNOSTICS[switch] = cls
 
 # %% ../nbs/06_long_analysis.ipynb #c73fed1a
-@patch
-def add(self: Diagnostic, name: str, value: Tensor | np.ndarray) -> None:
-    "Add to a total."
-    value = torch.as_tensor(value)
-    self.totals[name] = self.totals[name].add_(value) if name in self.totals else value.clone()
-
-
 @patch
 def add_to_block(self: Diagnostic, name: str, key: tuple[int, int], count: int, value: Tensor | np.ndarray) -> None:
     "Add the sum `value` over `count` frames to the block `key`: (record, block)."
@@ -447,8 +439,6 @@ def append(self: Diagnostic, name: str, record: int, start: int, rows: np.ndarra
 @patch
 def merge(self: Diagnostic, other: Diagnostic) -> None:
     "Take in what `other` has kept of other frames of the same source."
-    for name, value in other.totals.items():
-        self.add(name, value)
     for name, kept in other.blocks.items():
         for key, (count, value) in kept.items():
             self.add_to_block(name, key, count, value)
@@ -1162,7 +1152,6 @@ def save_kept(
     "Write what `diagnostics` have kept."
     arrays = {"about": np.array(about)}
     for switch, part in diagnostics.items():
-        arrays |= {f"{switch}/totals/{name}": _numbers(value) for name, value in part.totals.items()}
         for name, kept in part.blocks.items():
             arrays[f"{switch}/blocks/{name}"] = np.stack([value.numpy() for _, value in kept.values()])
             arrays[f"{switch}/keys/{name}"] = np.array([(*key, count) for key, (count, _) in kept.items()])
@@ -1181,9 +1170,7 @@ def read_kept(path: Path, setting: Setting) -> tuple[dict[str, Diagnostic], str]
         for key in arrays.files:
             switch, kind, *names = key.split("/") if key != "about" else ("", "")
             part = diagnostics.setdefault(switch, DIAGNOSTICS[switch](setting)) if switch else None
-            if kind == "totals":
-                part.totals[names[0]] = torch.from_numpy(arrays[key])
-            elif kind == "blocks":
+            if kind == "blocks":
                 keys = arrays[f"{switch}/keys/{names[0]}"].tolist()
                 part.blocks[names[0]] = {(r, b): (count, torch.from_numpy(v.copy())) for (r, b, count), v in zip(keys, arrays[key])}
             elif kind == "series":

@@ -10,7 +10,6 @@ __all__ = ['space_mean', 'bias', 'rmse', 'nrmse', 'vrmse', 'acc', 'band_rms', 'h
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -171,32 +170,14 @@ class Histogram:
         "(bins + 1,) edges of the bins."
         return torch.linspace(self.low, self.high, self.bins + 1, dtype=torch.float64)
 
-    def update(
-        self,
-        values: Tensor,  # of any shape
-        span: tuple[float, float] | None = None,  # their smallest and largest, where they are known already
-    ) -> "Histogram":
-        "Count `values`; returns itself. A value within rounding of an edge may be counted on its other side."
-        values = torch.as_tensor(values)
-        least, most = span or (values.min(), values.max())
-        if self.low <= least and most < self.high:
-            self.counts += self._inside(values)
-            return self
-        values = values.double().reshape(-1)
+    def update(self, values: Tensor) -> "Histogram":
+        "Count `values`, of any shape; returns itself."
+        values = torch.as_tensor(values).double().reshape(-1)
         finite = values[torch.isfinite(values)]
         self.nonfinite += len(values) - len(finite)
         place = torch.bucketize(finite, self.edges.to(finite.device), right=True)
         self.counts += torch.bincount(place, minlength=self.bins + 2).cpu()
         return self
-
-
-@patch
-def _inside(self: Histogram, values: Tensor) -> Tensor:
-    "Counts of values that all lie in the bins: their slots by arithmetic, in the smallest integers that hold them."
-    scale = self.bins / (self.high - self.low)
-    slots = (values * scale).add_(1 - self.low * scale).reshape(-1).cpu().numpy()
-    kind = np.uint8 if self.bins < 255 else np.int16 if self.bins < 2**15 - 2 else np.int64
-    return torch.bincount(torch.from_numpy(slots.astype(kind)), minlength=self.bins + 2)
 
 # %% ../../nbs/physics/03_metrics.ipynb #fe786cd6
 @patch
@@ -289,7 +270,9 @@ def eofs(
         raise ValueError(f"eofs: {n} patterns asked of a {size} x {size} covariance; ask for 1 to {size}")
     values, vectors = torch.linalg.eigh(covariance.double())
     variance, patterns = values.flip(0).clamp(min=0), vectors.flip(1).T
-    largest = patterns.gather(1, patterns.abs().argmax(1, keepdim=True))
+    height = patterns.abs()
+    first = (height > (1 - 1e-6) * height.amax(1, keepdim=True)).double().argmax(1, keepdim=True)  # of equals, whatever rounding makes of them
+    largest = patterns.gather(1, first)
     return {
         "patterns": (patterns * largest.sign())[:n],
         "variance": variance[:n],
