@@ -561,6 +561,12 @@ def _apart(drawn: Tensor, interval: Callable[[Tensor, int], tuple[Tensor, Tensor
     return {"low": low, "high": high, "failed": bad}
 
 
+def _no_band(periods: Tensor) -> dict[str, Tensor]:
+    "What a band is where the data themselves have no fit: NaN; their resamples are not tried."
+    nothing = torch.full(torch.as_tensor(periods).shape, math.nan, dtype=torch.float64)
+    return {"level": nothing, "low": nothing, "high": nothing, "failed": torch.ones_like(nothing)}
+
+
 def _log_interval(best: Tensor, drawn: Tensor, base: float, blocks: int, level: float) -> tuple[Tensor, Tensor]:
     "Student's interval of ln(level − base), bias removed, from the estimate `best` () and its replicates (resamples,)."
     z, scatter = (drawn - base).clamp(min=1e-300).log(), math.sqrt(blocks / (blocks - 1))
@@ -584,9 +590,12 @@ def gev_band(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     "`level` of the GEV fit at `periods` with the bootstrap's `low` and `high`, each (p,), and the share of draws that `failed`."
+    best = fit_gev(maxima, length)
+    if not best.converged:
+        return _no_band(periods)
     fits = fit_gev(maxima, length, _counts(len(maxima), resamples, seed))
     found = _apart(return_level(fits, periods), lambda drawn, i: percentile_interval(drawn, len(maxima), level))
-    return {"level": return_level(fit_gev(maxima, length), periods)} | found
+    return {"level": return_level(best, periods)} | found
 
 # %% ../../nbs/physics/04_statistics.ipynb #ea73889d
 def gpd_band(
@@ -601,8 +610,11 @@ def gpd_band(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     "`level` of the GPD fit at `periods` with the block bootstrap's `low` and `high`, each (p,), and the share of draws that `failed`."
+    fit = fit_gpd(peaks, threshold, duration)
+    if not fit.converged:
+        return _no_band(periods)
     blocks = 40 if block is None else max(2, round(duration / block))
     place = (torch.as_tensor(times).double() / duration * blocks).long().clamp(0, blocks - 1)
     fits = fit_gpd(peaks, threshold, duration, _counts(blocks, resamples, seed)[:, place])
-    best = return_level(fit_gpd(peaks, threshold, duration), periods)
+    best = return_level(fit, periods)
     return {"level": best} | _apart(return_level(fits, periods), lambda drawn, i: _log_interval(best[i], drawn, threshold, blocks, level))
