@@ -239,16 +239,12 @@ def _once(self: Frames, name: str, make: Callable[[], Tensor]) -> Tensor:
     return self.kept[name]
 
 # %% ../nbs/06_long_analysis.ipynb #faddc611
-@patch(as_prop=True)
-def u(self: Frames) -> Tensor:
-    "u (n, N, N)."
-    return self._once("u", lambda: _to_grid(self.omega_hat * self.factors["u"]) if self.velocity is None else self.velocity[:, 0])
-
-
-@patch(as_prop=True)
-def v(self: Frames) -> Tensor:
-    "v (n, N, N)."
-    return self._once("v", lambda: _to_grid(self.omega_hat * self.factors["v"]) if self.velocity is None else self.velocity[:, 1])
+@patch
+def component(self: Frames, name: str, some: slice = slice(None)) -> Tensor:
+    "u or v (n, N, N) of some of the frames."
+    if self.velocity is None:
+        return _to_grid(self.omega_hat[some] * self.factors[name])
+    return self.velocity[some, "uv".index(name)]
 
 
 @patch(as_prop=True)
@@ -256,24 +252,29 @@ def omega(self: Frames) -> Tensor:
     "ω (n, N, N)."
     return self._once("omega", lambda: self.vorticity if self.velocity is None else _to_grid(self.omega_hat) / self.side**2)
 
+# %% ../nbs/06_long_analysis.ipynb #677f1210
+@patch(as_prop=True)
+def velocity_sums(self: Frames) -> tuple[PointSums, np.ndarray, np.ndarray]:
+    "What there is to know of the values of u, the mean over x of uv in every frame, (n, N), and v² summed over the frames, (N²,)."
+    return self._once("velocity", self._look_at_velocity)
+
 
 @patch
-def rows(self: Frames, name: str) -> np.ndarray:
-    "u, v or ω as rows (n, N²)."
-    return self._once(f"{name} rows", lambda: _rows(getattr(self, name)))
+def _look_at_velocity(self: Frames) -> tuple[PointSums, np.ndarray, np.ndarray]:
+    seen, products, size = [], [], max(1, 2**17 // self.side**2)
+    for a in range(0, len(self), size):
+        u, v = (self.component(name, slice(a, a + size)).contiguous() for name in "uv")
+        seen.append(point_sums(_rows(u), self.bins.get("u"), self.climate.get("u")))
+        products.append(product_sums(u.numpy(), v.numpy()))
+    flux, squares = zip(*products)
+    return PointSums.joined(seen), np.concatenate(flux), sum(squares)
 
 
 @patch
 def points(self: Frames, name: str) -> PointSums:
     "What there is to know of the values of u or ω, from one look at each frame."
-    return self._once(f"{name} points", lambda: point_sums(self.rows(name), self.bins.get(name), self.climate.get(name)))
-
-
-@patch(as_prop=True)
-def products(self: Frames) -> tuple[np.ndarray, np.ndarray]:
-    "The mean over x of uv, (n, N), and v² summed over the frames, (N²,)."
-    fields = lambda name: self.rows(name).reshape(len(self), self.side, self.side)
-    return self._once("products", lambda: product_sums(fields("u"), fields("v")))
+    make = lambda: point_sums(_rows(self.omega), self.bins.get("omega"), self.climate.get("omega"))
+    return self.velocity_sums[0] if name == "u" else self._once("omega points", make)
 
 # %% ../nbs/06_long_analysis.ipynb #5be107cd
 @lru_cache(maxsize=16)
@@ -531,7 +532,7 @@ class TemporalMean(Diagnostic, switch="temporal_mean"):
     "Mean, with its interval, and variance in time of u, v and ω at every point."
 
     def update(self, frames: Frames) -> None:
-        squares = [frames.points("u").squares, frames.products[1], frames.points("omega").squares]
+        squares = [frames.points("u").squares, frames.velocity_sums[2], frames.points("omega").squares]
         self.add_to_block("squares", (frames.record, 0), len(frames), np.stack(squares))
         given = ("omega",) if frames.velocity is None else ("u", "v")
         self.add_to_block("coefficients", frames.key, len(frames), np.concatenate([frames.waves(name)[0] for name in given]))
@@ -800,7 +801,7 @@ class Py2DSpectra(Diagnostic, switch="py2d_spectra"):
 
     def update(self, frames: Frames) -> None:
         N, key = frames.side, frames.key
-        fields = torch.stack([frames.u, frames.v, frames.omega], 1).double()
+        fields = torch.stack([frames.component("u"), frames.component("v"), frames.omega], 1).double()
         waves = grid(N)
         amplitude = (torch.fft.rfft2(fields).abs() * waves.weights / N**2).sum(0).flatten(-2)
         zonal = torch.fft.rfft(fields, dim=-2).abs().mean(-1).sum(0) * (2 / N)
@@ -857,7 +858,7 @@ class Budget(Diagnostic, switch="budget"):
         if self.setting.regime is None:
             return
         scalars = [frames.energy, frames.enstrophy, frames.palinstrophy, *forcing_work(frames, self.setting.regime)]
-        rows = [np.stack(scalars, 1), frames.profiles[:, 0], frames.products[0]]
+        rows = [np.stack(scalars, 1), frames.profiles[:, 0], frames.velocity_sums[1]]
         self.append("terms", frames.record, frames.start, np.concatenate(rows, 1, dtype=frames.given.numpy().dtype))
 
 # %% ../nbs/06_long_analysis.ipynb #dfa6ee67
@@ -1496,7 +1497,7 @@ def bin_ranges(
         for i in np.unique(np.linspace(0, len(record) - 1, per_record).astype(int)):
             seen = Frames(0, record.times[i : i + 1], **record.read(i, i + 1))
             for name in largest:
-                largest[name] = max(largest[name], float(np.abs(seen.rows(name)).max()))
+                largest[name] = max(largest[name], float(np.abs(seen.points(name).peaks).max()))
     round_up = lambda x: math.ceil(x / 10 ** (math.floor(math.log10(x)) - 1)) * 10 ** (math.floor(math.log10(x)) - 1)
     return {name: round_up(room * value) if value else 1.0 for name, value in largest.items()}
 

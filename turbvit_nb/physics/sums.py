@@ -6,6 +6,7 @@
 __all__ = ['PointSums', 'point_sums', 'product_sums', 'wave_sums']
 
 # %% ../../nbs/physics/08_sums.ipynb #6bfa6de0
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,14 @@ class PointSums:
     counts: np.ndarray | None  # (bins + 2,) values below the bins, in each, above, int64
     anomaly_peaks: np.ndarray | None  # (2, n) largest and smallest x − climate
 
+    @classmethod
+    def joined(cls, parts: Sequence["PointSums"]) -> "PointSums":
+        "What there is to know of the frames of all parts, in their order."
+        first, together = parts[0], lambda name: np.concatenate([getattr(part, name) for part in parts], -1)
+        counts = None if first.counts is None else sum(part.counts for part in parts)
+        anomalies = None if first.anomaly_peaks is None else together("anomaly_peaks")
+        return cls(sum(part.squares for part in parts), np.concatenate([part.powers for part in parts]), together("peaks"), counts, anomalies)
+
 
 def point_sums(
     rows: np.ndarray,  # (n, points) finite values, a frame per row, contiguous
@@ -91,25 +100,23 @@ def product_sums(
 
 # %% ../../nbs/physics/08_sums.ipynb #db99282d
 @_compiled
-def _wave_pass(rows, weights, total, power, weighted):
+def _wave_pass(rows, one, two, three, total, power, weighted):
     for i in range(len(rows)):
+        a = b = c = 0.0
         for m in range(rows.shape[1]):
             x = np.float64(rows[i, m])
+            square = x * x
             total[m] += x
-            power[m] += x * x
-        for k in range(len(weights)):
-            w, s = weights[k], 0.0
-            for m in range(rows.shape[1]):
-                x = np.float64(rows[i, m])
-                s += x * x * w[m]
-            weighted[i, k] = s
+            power[m] += square
+            a, b, c = a + square * one[m], b + square * two[m], c + square * three[m]
+        weighted[i, 0], weighted[i, 1], weighted[i, 2] = a, b, c
 
 
 def wave_sums(
     rows: np.ndarray,  # (n, 2·waves) real and imaginary parts of coefficients side by side, a frame per row, contiguous
-    weights: np.ndarray,  # (k, 2·waves), float64
+    weights: np.ndarray,  # (k, 2·waves), float64; k is 1, 2 or 3
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Sums over the frames of the parts and of their squares, each (2·waves,), and the weighted sums of the squares in every frame, (n, k)."
-    total, power, weighted = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), np.empty((len(rows), len(weights)))
-    _wave_pass(rows, weights, total, power, weighted)
-    return total, power, weighted
+    total, power, weighted = np.zeros(rows.shape[1]), np.zeros(rows.shape[1]), np.empty((len(rows), 3))
+    _wave_pass(rows, weights[0], weights[len(weights) // 2], weights[-1], total, power, weighted)
+    return total, power, weighted[:, : len(weights)]
