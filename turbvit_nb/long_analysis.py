@@ -1354,11 +1354,18 @@ def chance_points(
     if blocks < 8:
         return {name: 2 * value for name, value in chance_distances(truth).items()}
     size = max(1, round(climate.sizes["block"] * climate.attrs.get("block_frames", 1) / truth.attrs.get("block_frames", 1)))
-    pairs = zip(_draws(truth, resamples, 2, size), _draws(truth, resamples, 3))
+    pairs = list(zip(_draws(truth, resamples, 2, size), _draws(truth, resamples, 3)))
     drawn = [summary_distances(climate_summary(truth, i), climate_summary(truth, j), truth) for i, j in pairs]
-    level, stretches = float(truth.attrs.get("level", 0.95)), max(3.0, blocks / _memory_in_blocks(truth))
-    wider = scipy.stats.t.ppf((1 + level) / 2, stretches - 1) / scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt(stretches / (stretches - 1))
+    level, wider = float(truth.attrs.get("level", 0.95)), max(_wider(truth, name, [j for _, j in pairs]) for name in ("energy", "enstrophy"))
     return {name: float(wider * np.quantile([d[name] for d in drawn], level)) for name in drawn[0]}
+
+
+def _wider(truth: xr.Dataset, name: str, draws: Sequence[np.ndarray]) -> float:
+    "How much wider the 95 % interval of the mean of energy or enstrophy is than the scatter of its draws makes it; at least 1."
+    records = [torch.tensor(row[np.isfinite(row)]) for row in truth[name].values]
+    low, high = mean_interval([record for record in records if len(record) >= 8])
+    scatter = np.std([truth[f"block_{name}"].values[drawn].mean() for drawn in draws])
+    return max(1.0, float(high - low) / 2 / (1.96 * scatter)) if scatter else 1.0
 
 # %% ../nbs/06_long_analysis.ipynb #0807e44c
 def standing(data: xr.Dataset) -> dict[str, Stationarity]:

@@ -146,7 +146,7 @@ def curves(
     style, parts = looks(list(lines)), []
     for name, (low, high) in bands.items():
         x = np.asarray(lines[name][0], float)
-        shade = hv.Area((x, np.asarray(low, float), np.asarray(high, float)), xlabel, [ylabel, "upper"])
+        shade = hv.Area((x, np.asarray(low, float), np.asarray(high, float)), xlabel, [ylabel, f"{ylabel}, upper end"])
         parts.append(shade.opts(facecolor=style[name]["color"], alpha=0.18, linewidth=0))
     for name, (x, y) in lines.items():
         parts.append(hv.Curve((np.asarray(x, float), np.asarray(y, float)), xlabel, ylabel, label=name).opts(**style[name]))
