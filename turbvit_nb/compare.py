@@ -26,7 +26,7 @@ from IPython.display import Markdown
 
 from .compress.masks import prunable
 from .lab.config import LabError, Section, run_folder
-from .lab.plots import COLOURS, Table, beside, curves, forest, show, spectra
+from .lab.plots import Table, beside, curves, forest, looks, show, spectra
 from .lab.progress import note, progress
 from .lab.runs import Run, atomic, open_run
 from .inference import infer
@@ -503,16 +503,17 @@ def skill_figure(entries: Sequence[Entry], name: str = "acc", field: str = "u", 
 
 # %% ../nbs/07_compare.ipynb #b97e6817
 def pruning_figure(entries: Sequence[Entry], column: str, leads: Sequence[int] = (10,), **axes) -> hv.Overlay:
-    "A column of the table against the pruning stage: pruned models, their controls, and the dense model as stage 0."
+    "A column of the table against the pruning stage: pruned models, their controls, and the dense model as stage 0. Of an ACC, what it lacks to 1."
     lines: dict[str, list] = {}
+    lacks = lambda known: 1 - known[column] if column.startswith("ACC") and column in known else known.get(column)
     for entry in entries:
-        value = row(entry, leads).get(column)
+        value = lacks(row(entry, leads))
         if value is not None and entry.role != "dense":
             lines.setdefault(f"{entry.run} {entry.role}" if len({e.run for e in entries if e.role == entry.role}) > 1 else entry.role, []).append((entry.stage, value))
-    dense = [row(e, leads).get(column) for e in entries if e.role == "dense" and column in row(e, leads)]
+    dense = [value for value in (lacks(row(entry, leads)) for entry in entries if entry.role == "dense") if value is not None]
     started = {name: [(0, dense[0])] * bool(dense) + sorted(points) for name, points in lines.items()}
     ticks = [(stage, str(stage)) for stage in sorted({entry.stage for entry in entries} | {0})]
-    return curves({name: tuple(np.array(points).T) for name, points in started.items()}, "pruning stage", column, xticks=ticks, **axes)
+    return curves({name: tuple(np.array(points).T) for name, points in started.items()}, "pruning stage", f"1 − {column}" if column.startswith("ACC") else column, xticks=ticks, **axes)
 
 
 def climate_figure(entries: Sequence[Entry], **axes) -> hv.Overlay:
@@ -523,23 +524,25 @@ def climate_figure(entries: Sequence[Entry], **axes) -> hv.Overlay:
     return spectra(lines, "E(k) (length²/time²)", **marks, **axes)
 
 # %% ../nbs/07_compare.ipynb #edbe2673
+def _colours(labels: Sequence[str]) -> dict[str, str]:
+    "The colours that lines of these names have."
+    return {label: look["color"] for label, look in looks(labels).items()}
+
+
 def horizon_figure(entries: Sequence[Entry], field: str = "u", **axes) -> hv.Overlay:
     "The horizon of every entry with its interval; an arrow is one beyond the last lead."
     scored = [entry for entry in entries if entry.scores is not None]
-    colours = {"dense": COLOURS[0], "pruned": COLOURS[1], "control": COLOURS[2]}
     rows = {entry.label: horizons(entry.scores, field) for entry in scored}
     last = max(int(entry.scores.lead[-1]) for entry in scored)
-    look = {"colours": {entry.label: colours[entry.role] for entry in scored}, "xlabel": "steps", "title": f"horizon of {field.replace('omega', 'ω')}"}
+    look = {"colours": _colours(list(rows)), "xlabel": "steps", "title": f"horizon of {field.replace('omega', 'ω')}"}
     return forest(rows, last=last, **(look | axes))
 
 
 def bias_figure(entries: Sequence[Entry], name: str, **axes) -> hv.Overlay:
     "The bias of the mean energy or enstrophy of every climate in percent of the truth's, with its interval."
     known = [entry for entry in entries if entry.climate is not None and entry.truth is not None]
-    colours = {"dense": COLOURS[0], "pruned": COLOURS[1], "control": COLOURS[2]}
-    labels = {entry.label: marked(entry) for entry in known}
-    rows = {labels[entry.label]: tuple(100 * v for v in climate_bias(entry.climate, entry.truth, name)) for entry in known}
-    look = {"colours": {labels[entry.label]: colours[entry.role] for entry in known}, "reference": 0.0, "xlabel": "% of the truth's", "title": f"bias of the mean {name}"}
+    rows = {marked(entry): tuple(100 * v for v in climate_bias(entry.climate, entry.truth, name)) for entry in known}
+    look = {"colours": _colours(list(rows)), "reference": 0.0, "xlabel": "% of the truth's", "title": f"bias of the mean {name}"}
     return forest(rows, **(look | axes))
 
 

@@ -113,8 +113,8 @@ def mean_error(
     series: Tensor | Sequence[Tensor],  # (…, n), equally spaced in time, or several independent records of one process, (…, n_i)
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Mean of `series`, its standard error with autocorrelation allowed for, and the degrees of freedom of that error, each (…)."
-    if isinstance(series, Tensor) or len(series) == 1:
-        return _record_error(series if isinstance(series, Tensor) else series[0])
+    if isinstance(series, Tensor) or len(series) < 4:
+        return _record_error(series if isinstance(series, Tensor) else torch.cat([torch.as_tensor(record) for record in series], -1))
     mean, within, between, freedom = _between(series)
     differ = _exceeds(between, len(series) - 1, within, freedom) < 0.3
     return mean, torch.where(differ, between, within).sqrt(), torch.where(differ, len(series) - 1.0, freedom)
