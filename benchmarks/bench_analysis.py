@@ -3,11 +3,12 @@
     python benchmarks/bench_analysis.py                         # 64² and 256², Py2D's files, packed stores and rollouts
     python benchmarks/bench_analysis.py --memory                # 1,000 to 100,000 frames of 64²
     python benchmarks/bench_analysis.py --sizes 64 --each       # and every diagnostic alone
-    python benchmarks/bench_analysis.py --workers 4             # and by so many threads, in seconds of the clock (default 2)
+    python benchmarks/bench_analysis.py --workers 4             # and by so many processes, in seconds of the clock (default 2)
 
 The floor is reading every frame and one real FFT of what was read, in pieces that fit the cache: in double precision, and in the single
 precision that the frames are stored in. Floor and analysis take turns in one process, on one thread, and the least CPU time of several
-rounds counts, because other processes only ever add to it. The last two columns are by the clock, the floor still on one thread: they tell nothing on a busy machine. Memory is the resident set before and
+rounds counts, because other processes only ever add to it. The last three columns are by the clock, on a record ten times as long (the same frames again),
+the floor still in one process: they tell nothing on a busy machine. Memory is the resident set before and
 after the pass and after the result, and the peak, each length in a process of its own.
 """
 import argparse
@@ -63,6 +64,18 @@ def sources(folder: Path, side: int, frames: int) -> dict[str, Record]:
     return {".mat": truth_record(tree, tree.frames), "packed": truth_record(packed, packed.frames), "rollout": rollout_record(open_rollout(folder / "rollout" / "1"))}
 
 
+def again(record: Record, times: int = 10) -> Record:
+    "The record several times over."
+    n = len(record)
+
+    def read(a: int, b: int) -> dict[str, torch.Tensor]:
+        a, b = a % n, a % n + b - a
+        parts = [record.read(a, min(b, n)), *([record.read(0, b - n)] if b > n else [])]
+        return {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
+
+    return Record(record.label, 0.06 * np.arange(1, times * n + 1), read, record.where)
+
+
 def setting_for(records: Sequence[Record]) -> Setting:
     "All default switches."
     side = records[0].side
@@ -78,11 +91,12 @@ def speed(side: int, frames: int, rounds: int, each: bool, workers: int) -> None
             jobs = {"read": lambda: [record.read(a, min(a + 16, frames)) for a in range(0, frames, 16)], "f64": lambda: floor([record], torch.float64)}
             jobs |= {"f32": lambda: floor([record], torch.float32), "all": lambda: accumulate([record], setting)}
             jobs |= {name: lambda name=name: accumulate([record], setting, [name]) for name in switched_on(setting.config)} if each else {}
-            clocks = {name: time.process_time for name in jobs} | {"f64 clock": time.perf_counter, "threads": time.perf_counter}
-            jobs |= {"f64 clock": jobs["f64"], "threads": lambda: side_by_side([record], setting, workers=workers)}
-            took = {name: min(times) for name, times in zip(jobs, zip(*[[seconds(job, clocks[name]) / frames * 1e6 for name, job in jobs.items()] for _ in range(rounds)]))}
+            took = {name: min(times) for name, times in zip(jobs, zip(*[[seconds(job, time.process_time) / frames * 1e6 for job in jobs.values()] for _ in range(rounds)]))}
             shown = "  ".join(f"{took[name]:8.1f}" for name in ("read", "f64", "f32", "all"))
-            print(f"{side:4}² {kind:>8}  {shown}   {took['f64'] / took['all']:5.2f} {took['f32'] / took['all']:5.2f} {took['threads']:12.1f} {took['f64 clock'] / took['threads']:7.2f}", flush=True)
+            long = again(record)
+            timed = [lambda: floor([long], torch.float64), lambda: side_by_side([long], setting_for([long]), workers=workers)]
+            base, shared = (min(times) for times in zip(*[[seconds(job, time.perf_counter) / len(long) * 1e6 for job in timed] for _ in range(2)]))
+            print(f"{side:4}² {kind:>8}  {shown}   {took['f64'] / took['all']:5.2f} {took['f32'] / took['all']:5.2f} {base:9.1f} {shared:9.1f} {base / shared:5.2f}", flush=True)
             for name in switched_on(setting.config) if each else ():
                 print(f"{name:>32} {took[name]:8.1f}")
 
@@ -122,8 +136,8 @@ def main() -> None:
             process.start(), process.join()
         return
     os.environ["TURBVIT_PROGRESS"] = "0"
-    print("              µs of CPU per frame                        floor / analysis   µs by the clock")
-    print(f"                 read   + FFT 64  + FFT 32  analysis     64    32    {args.workers} threads   64")
+    print("              µs of CPU per frame                        floor / analysis   by the clock, and by several processes")
+    print(f"                 read   + FFT 64  + FFT 32  analysis     64    32  + FFT 64     {args.workers} do   64")
     for side in args.sizes:
         speed(side, args.frames or 2**24 // side**2, args.rounds, args.each, args.workers)
 

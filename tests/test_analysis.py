@@ -2,6 +2,9 @@
 import json
 import os
 import shutil
+import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ from turbvit_nb.long_analysis import (
     long_analysis,
     merge_parts,
     rollout_record,
+    side_by_side,
     truth_records,
 )
 from turbvit_nb.model import load_emulator, rollout
@@ -350,6 +354,22 @@ def test_parts_of_a_pass_merge_to_one_pass(study, data, parts):
         for name in one.data_vars:
             if one[name].dtype.kind == "f":
                 np.testing.assert_allclose(other[name].values, one[name].values, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_processes_of_one_pass_merge_and_a_killed_one_is_named(data):
+    records, job = trajectories(data, [1, 2]), os.getpid()
+    setting = Setting(AnalysisConfig(), 0.1, torch.zeros(3, N, N), bin_ranges(records), block=block_frames(records), regime=Regime(200, 0, 4, 0.1, 20.0, NX=N))
+    whole, shared = accumulate(records, setting), side_by_side(records, setting, workers=3)
+    for name, part in whole.items():
+        for series in part.series:
+            for mine, theirs in zip(part.rows(series), shared[name].rows(series)):
+                np.testing.assert_allclose(theirs, mine, rtol=1e-10, atol=1e-10)
+        for sums in part.blocks:
+            np.testing.assert_allclose(shared[name].mean(sums), part.mean(sums), rtol=1e-10, atol=1e-10)
+    deadly = [replace(record, read=lambda a, b, record=record: record.read(a, b) if os.getpid() == job else os.kill(os.getpid(), signal.SIGKILL)) for record in records]
+    with pytest.raises(LabError, match="a process of the long analysis was killed"):
+        side_by_side(deadly, setting, workers=2)
 
 
 def test_jobs_over_parts_make_the_files_that_one_job_makes(study, home):

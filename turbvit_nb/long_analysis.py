@@ -21,13 +21,17 @@ __all__ = ['Arrays', 'DIAGNOSTICS', 'EXTREMES', 'FEWEST', 'MOST', 'PERIODS', 'BL
 import json
 import math
 import mmap
+import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
+from multiprocessing import current_process, get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import holoviews as hv
 import numpy as np
@@ -1210,26 +1214,50 @@ def gaps(diagnostics: Mapping[str, Diagnostic], first: Mapping[int, int] | None 
     return found
 
 # %% ../nbs/06_long_analysis.ipynb #eddbfba3
+def _take_share(target: Path, records: Sequence[Record], setting: Setting, part: tuple[int, int], parent: int) -> None:
+    "The life of a forked process: its part of the frames into the file `target`, or a `LabError` as text beside it."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    watch = SimpleNamespace(update=lambda frames: None if os.getppid() == parent else os._exit(1))
+    try:
+        save_kept(target, accumulate(records, setting, part=part, meter=watch), "a share")
+    except LabError as error:
+        target.with_suffix(".txt").write_text(str(error))
+
+
+def _share_of(target: Path, setting: Setting) -> dict[str, Diagnostic]:
+    "What a forked process has left."
+    if target.with_suffix(".txt").exists():
+        raise LabError(target.with_suffix(".txt").read_text())
+    if not target.exists():
+        raise LabError("a process of the long analysis was killed, perhaps for want of memory: run it with OMP_NUM_THREADS=1, which makes no others")
+    return read_kept(target, setting)[0]
+
+# %% ../nbs/06_long_analysis.ipynb #10b4701f
 def side_by_side(
     records: Sequence[Record],
     setting: Setting,
     part: tuple[int, int] = (1, 1),
-    workers: int | None = None,  # threads; default torch.get_num_threads()
+    workers: int | None = None,  # processes; default torch.get_num_threads(), and one where processes cannot be forked
     desc: str = "frames",  # of what, for the progress
 ) -> dict[str, Diagnostic]:
-    "`accumulate` by several threads."
-    cores, (i, n), spans = torch.get_num_threads(), part, part_of(records, part, setting.block)
-    workers = workers or cores
-    shares = [((i - 1) * workers + j, n * workers) for j in range(1, workers + 1)]
-    torch.set_num_threads(1)
-    try:
-        with Meter(sum(b - a for a, b in spans.values()), desc, "frame") as meter, ThreadPoolExecutor(workers) as pool:
-            whole = joined(list(pool.map(lambda share: accumulate(records, setting, part=share, meter=meter), shares)))
-        if workers > 1 and gaps(whole, {number: a for number, (a, _) in spans.items()}):
-            return accumulate(records, setting, part=part)
-        return whole
-    finally:
-        torch.set_num_threads(cores)
+    "`accumulate` by several processes."
+    workers = (workers or torch.get_num_threads()) if sys.platform == "linux" and not current_process().daemon else 1
+    (i, n), spans = part, part_of(records, part, setting.block)
+    mine, *others = [((i - 1) * workers + j, n * workers) for j in range(1, workers + 1)]
+    with Meter(sum(b - a for a, b in spans.values()), desc, "frame") as meter, tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{j}.npz" for j, _ in others]
+        crew = [get_context("fork").Process(target=_take_share, args=(file, records, setting, share, os.getpid()), daemon=True) for file, share in zip(files, others)]
+        try:
+            [process.start() for process in crew]
+            kept = [accumulate(records, setting, part=mine, meter=SimpleNamespace(update=lambda frames: meter.update(frames * workers)))]
+            [process.join() for process in crew]
+        finally:
+            [process.kill() for process in crew if process.is_alive()]
+        whole = joined([*kept, *(_share_of(file, setting) for file in files)])
+    if crew and gaps(whole, {number: a for number, (a, _) in spans.items()}):
+        return accumulate(records, setting, part=part)
+    return whole
 
 # %% ../nbs/06_long_analysis.ipynb #edaa73b2
 def climate_dataset(
