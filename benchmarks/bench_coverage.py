@@ -8,16 +8,15 @@ its two halves against each other, must lie inside the intervals as often as the
 cut into `--parts` records.
 """
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fields import independent_flows
 from turbvit_nb.physics.budgets import SymmetryTest, nearest_image, stationarity
 from turbvit_nb.physics.metrics import eofs, principal_components
 from turbvit_nb.physics.py2d import Regime, find_runs, open_store
-from turbvit_nb.physics.solver import Solver, random_vorticity
 from turbvit_nb.physics.spectral import grid
 from turbvit_nb.physics.statistics import (autocorrelation_band, block_bootstrap, block_length, decluster, decorrelation_time,
                                            difference_interval, effective_size, event_periods, gpd_band, mean_interval)
@@ -29,13 +28,6 @@ def observe(omega: torch.Tensor) -> torch.Tensor:
     uv = g.velocity(omega)
     head = torch.stack([g.energy(omega), g.enstrophy(omega), omega.abs().amax((-2, -1))], 1)
     return torch.cat([head, uv[:, 0].mean(-2), g.energy_spectrum(uv)[:, 1 : g.NX // 2 - 1].log()], 1)
-
-
-def solved(regime: Regime, flows: int, time: float, step: float, spin_up: float) -> torch.Tensor:
-    "Series (flows, quantities, frames) of the solver."
-    solver = Solver(regime, random_vorticity(regime.NX, flows, seed=0), workers=1)
-    solver.advance(spin_up)
-    return torch.stack([observe(omega) for _, omega in solver.run(time, step)], -1)
 
 
 def stored(folder: Path, parts: int) -> torch.Tensor:
@@ -83,7 +75,7 @@ def main():
         regime, step = store.regime, float(store.times[1] - store.times[0])
     if args.keep and args.keep.exists(): series = torch.as_tensor(np.load(args.keep)["series"]).double()
     elif args.data: series = stored(args.data, args.parts)
-    else: series = solved(regime, args.flows, args.time, args.step, args.spin_up)
+    else: series = torch.stack([observe(omega) for omega in independent_flows(regime, args.flows, args.time, args.step, args.spin_up)], -1)
     if args.keep and not args.keep.exists(): np.savez(args.keep, series=series.numpy().astype(np.float32))
     report(regime, series, step)
 

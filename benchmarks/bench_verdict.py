@@ -9,14 +9,21 @@ import argparse
 
 import numpy as np
 import torch
+import xarray as xr
 
-from turbvit_nb.lab.progress import progress
-from turbvit_nb.long_analysis import Setting, accumulate, array_record, bin_ranges, block_frames, chance_points, climate_dataset, climate_distances, judged_by
+from fields import independent_flows
+from turbvit_nb.long_analysis import Diagnostic, Record, Setting, accumulate, array_record, bin_ranges, block_frames, chance_points, climate_dataset, climate_distances, judged_by
 from turbvit_nb.physics.py2d import Regime
-from turbvit_nb.physics.solver import Solver, random_vorticity
 from turbvit_nb.short_analysis import AnalysisConfig
 
 NAMES = ["energetics", "spectra", "PDF_U", "PDF_Omega", "zonal_mean", "symmetry"]
+
+
+def climate_of(kept: dict[str, Diagnostic], records: list[Record], setting: Setting) -> xr.Dataset:
+    "The climate that `kept` makes under a setting."
+    for part in kept.values():
+        part.setting = setting
+    return climate_dataset(kept, records)
 
 
 def main() -> None:
@@ -30,29 +37,19 @@ def main() -> None:
     parser.add_argument("--unturned", action="store_true")
     args = parser.parse_args()
     regime = Regime(Re=args.Re, fkx=0, fky=4, alpha=0.1, beta=20, NX=args.NX)
-    solver = Solver(regime, random_vorticity(args.NX, args.groups * args.records, seed=0))
-    solver.advance(100.0)
-    total = round(args.time / args.step)
-    flows = torch.stack([omega.float() for _, omega in progress(solver.run(args.time, args.step), total, "flows")], 1)
+    flows = torch.stack([omega.float() for omega in independent_flows(regime, args.groups * args.records, args.time, args.step, 100.0)], 1)
     names = [name for name in NAMES if name != "symmetry" or not args.unturned]
     groups = [[array_record(f"{g}/{i}", args.step, vorticity=flow) for i, flow in enumerate(group)] for g, group in enumerate(flows.split(args.records))]
     setting = Setting(AnalysisConfig(), args.step, ranges=bin_ranges(groups[0]), block=block_frames(groups[0]), regime=regime)
     kept = [accumulate(group, setting, names) for group in groups]
     alarms: dict[str, list] = {}
     for i, truth in enumerate(groups):
-        true = climate_dataset(kept[i], truth).assign_attrs(block_frames=setting.block)
-        judged = judged_by(setting, true)
-        chance = None
-        for j, others in enumerate(groups):
+        true = climate_of(kept[i], truth, setting)
+        chance = chance_points(true, true)  # all are of one length
+        for j in range(len(groups)):
             if i == j:
                 continue
-            for part in kept[j].values():
-                part.setting = judged
-            other = climate_dataset(kept[j], others).assign_attrs(block_frames=setting.block)
-            for part in kept[j].values():
-                part.setting = setting
-            chance = chance or chance_points(true, other)
-            for name, value in climate_distances(other, true).items():
+            for name, value in climate_distances(climate_of(kept[j], groups[j], judged_by(setting, true)), true).items():
                 alarms.setdefault(name, []).append((i, value > chance[name], value / chance[name]))
     print(f"{len(groups)} groups of {args.records} records of {args.time:g} time units; share of the pairs beyond chance, ± its error over the truths; median distance over the point")
     for name, found in alarms.items():

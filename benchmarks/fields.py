@@ -1,9 +1,13 @@
-"""Data for the benchmarks: random fields, where only their number and size matter."""
+"""Data for the benchmarks: random fields, where only their number and size matter, and independent flows of one regime."""
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from turbvit_nb.lab.progress import progress
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
+from turbvit_nb.physics.solver import Solver, random_vorticity
 
 
 def packed_run(folder: Path, NX: int, frames: int) -> Path:
@@ -15,3 +19,10 @@ def packed_run(folder: Path, NX: int, frames: int) -> Path:
     for n in range(frames):
         writer.append(0.06 * (n + 1), fields[n % 10])
     return writer.finish()
+
+
+def independent_flows(regime: Regime, flows: int, time: float, step: float, spin_up: float) -> Iterator[torch.Tensor]:
+    "Vorticity (flows, N, N) at every `step` of `time`, from different initial states."
+    solver = Solver(regime, random_vorticity(regime.NX, flows, seed=0))
+    solver.advance(spin_up)
+    return (omega for _, omega in progress(solver.run(time, step), round(time / step), "flows"))

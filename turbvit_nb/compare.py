@@ -504,16 +504,16 @@ def skill_figure(entries: Sequence[Entry], name: str = "acc", field: str = "u", 
 # %% ../nbs/07_compare.ipynb #b97e6817
 def pruning_figure(entries: Sequence[Entry], column: str, leads: Sequence[int] = (10,), **axes) -> hv.Overlay:
     "A column of the table against the pruning stage: pruned models, their controls, and the dense model as stage 0. Of an ACC, what it lacks to 1."
-    lines: dict[str, list] = {}
-    lacks = lambda known: 1 - known[column] if column.startswith("ACC") and column in known else known.get(column)
-    for entry in entries:
-        value = lacks(row(entry, leads))
-        if value is not None and entry.role != "dense":
+    lines, acc = {}, column.startswith("ACC")
+    known = {entry: row(entry, leads) for entry in entries}
+    values = {entry: 1 - cells[column] if acc else cells[column] for entry, cells in known.items() if column in cells}
+    for entry, value in values.items():
+        if entry.role != "dense":
             lines.setdefault(f"{entry.run} {entry.role}" if len({e.run for e in entries if e.role == entry.role}) > 1 else entry.role, []).append((entry.stage, value))
-    dense = [value for value in (lacks(row(entry, leads)) for entry in entries if entry.role == "dense") if value is not None]
+    dense = [value for entry, value in values.items() if entry.role == "dense"]
     started = {name: [(0, dense[0])] * bool(dense) + sorted(points) for name, points in lines.items()}
     ticks = [(stage, str(stage)) for stage in sorted({entry.stage for entry in entries} | {0})]
-    return curves({name: tuple(np.array(points).T) for name, points in started.items()}, "pruning stage", f"1 − {column}" if column.startswith("ACC") else column, xticks=ticks, **axes)
+    return curves({name: tuple(np.array(points).T) for name, points in started.items()}, "pruning stage", f"1 − {column}" if acc else column, xticks=ticks, **axes)
 
 
 def climate_figure(entries: Sequence[Entry], **axes) -> hv.Overlay:

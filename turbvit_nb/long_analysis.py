@@ -41,6 +41,7 @@ import xarray as xr
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../nbs/06_long_analysis.ipynb #5dddbca7
 from .datasets import FrameDataset, check_disjoint, climatology, ensure_data, open_dataset
 from .inference import Rollout, infer, open_rollout
 from .lab.config import LabError, run_folder
@@ -1249,11 +1250,15 @@ def side_by_side(
         files = [Path(folder) / f"{j}.npz" for j, _ in others]
         crew = [get_context("fork").Process(target=_take_share, args=(file, records, setting, share, os.getpid()), daemon=True) for file, share in zip(files, others)]
         try:
-            [process.start() for process in crew]
+            for process in crew:
+                process.start()
             kept = [accumulate(records, setting, part=mine, meter=SimpleNamespace(update=lambda frames: meter.update(frames * workers)))]
-            [process.join() for process in crew]
+            for process in crew:
+                process.join()
         finally:
-            [process.kill() for process in crew if process.is_alive()]
+            for process in crew:
+                if process.is_alive():
+                    process.kill()
         whole = joined([*kept, *(_share_of(file, setting) for file in files)])
     if crew and gaps(whole, {number: a for number, (a, _) in spans.items()}):
         return accumulate(records, setting, part=part)
@@ -1267,7 +1272,7 @@ def climate_dataset(
     "The results of all diagnostics as one data set with named dimensions, coordinates and units."
     turns = diagnostics["symmetry"].distances() if "symmetry" in diagnostics else {}
     for part in diagnostics.values():
-        part.turns = {} if part.switch == "symmetry" else turns
+        part.turns = turns
     data = xr.Dataset({name: value for part in diagnostics.values() for name, value in part.result().items()})
     data.attrs["turns"] = json.dumps([turns.get(number, 0.0) for number in range(len(records))])
     for axis in ("x", "y"):
@@ -1538,7 +1543,7 @@ def bin_ranges(
 
 # %% ../nbs/06_long_analysis.ipynb #9e19496a
 def _made_from(run: Run, records: Sequence[Record], setting: Setting) -> str:
-    "What a climate depends on, as JSON: settings, bins, thresholds, and the records by name, length and first and last time."
+    "What a climate depends on, as JSON: settings, bins, thresholds, the zonal flow to turn to, and the records by name, length and first and last time."
     names = list(AnalysisConfig.model_fields)
     mine = set(names[names.index("inference_dir") :]) - {"part", "merge"}
     asked = setting.config.model_dump(mode="json", include=mine)
@@ -1547,6 +1552,11 @@ def _made_from(run: Run, records: Sequence[Record], setting: Setting) -> str:
     known = {"analysis": asked, "ranges": dict(setting.ranges), "thresholds": dict(setting.thresholds), "patch_size": setting.patch_size, "records": held}
     known["reference"] = None if setting.reference is None else setting.reference.tolist()
     return json.dumps(sections | known, sort_keys=True)
+
+
+def _part_made_from(run: Run, records: Sequence[Record], setting: Setting) -> str:
+    "The same of a part, which is kept before the truth has been judged."
+    return _made_from(run, records, replace(setting, thresholds={}, reference=None))
 
 # %% ../nbs/06_long_analysis.ipynb #c6d4351b
 def parts_of(
@@ -1570,7 +1580,7 @@ def parts_of(
 def take_part(run: Run, name: str, records: Sequence[Record], setting: Setting) -> None:
     "Analyse a part of a source and write what was kept to `long_analyses/parts/<source>.<i>of<n>.npz`; not again if it is there."
     i, n = setting.config.part
-    target, made_from = run.path / "long_analyses" / "parts" / f"{name}.{i}of{n}.npz", _made_from(run, records, replace(setting, thresholds={}, reference=None))
+    target, made_from = run.path / "long_analyses" / "parts" / f"{name}.{i}of{n}.npz", _part_made_from(run, records, setting)
     if target.exists():
         with np.load(target) as old:
             if str(old["about"]) == made_from:
@@ -1583,7 +1593,7 @@ def kept_of(run: Run, name: str, records: Sequence[Record], setting: Setting) ->
     if not setting.config.merge:
         return side_by_side(records, setting, desc=name)
     parts, abouts = parts_of([run_folder(folder) for folder in setting.config.merge], name, setting)
-    if abouts != {_made_from(run, records, replace(setting, thresholds={}, reference=None))}:
+    if abouts != {_part_made_from(run, records, setting)}:
         raise LabError(f"analysis.merge: the parts of {name} were made from other settings or frames than those of this run; analyse them again")
     return merge_parts(parts, records)
 

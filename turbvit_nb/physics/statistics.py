@@ -112,7 +112,7 @@ def record_agreement(
 def mean_error(
     series: Tensor | Sequence[Tensor],  # (…, n), equally spaced in time, or several independent records of one process, (…, n_i)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Mean of `series`, its standard error with autocorrelation allowed for, and the degrees of freedom of that error, each (…)."
+    "Mean of `series`, its standard error with autocorrelation allowed for, and the degrees of freedom of that error, each (…). Fewer than four records are taken end to end."
     if isinstance(series, Tensor) or len(series) < 4:
         return _record_error(series if isinstance(series, Tensor) else torch.cat([torch.as_tensor(record) for record in series], -1))
     mean, within, between, freedom = _between(series)
