@@ -7,7 +7,7 @@
 
 The floor is reading every frame and one real FFT of what was read, in pieces that fit the cache: in double precision, and in the single
 precision that the frames are stored in. Floor and analysis take turns in one process, on one thread, and the least CPU time of several
-rounds counts, because other processes only ever add to it. The last three columns are by the clock, on a record ten times as long (the same frames again),
+rounds counts, because other processes only ever add to it. The last three columns are by the clock, on a record thirty times as long (the same frames again),
 the floor still in one process: they tell nothing on a busy machine. Memory is the resident set before and
 after the pass and after the result, and the peak, each length in a process of its own.
 """
@@ -64,7 +64,7 @@ def sources(folder: Path, side: int, frames: int) -> dict[str, Record]:
     return {".mat": truth_record(tree, tree.frames), "packed": truth_record(packed, packed.frames), "rollout": rollout_record(open_rollout(folder / "rollout" / "1"))}
 
 
-def again(record: Record, times: int = 10) -> Record:
+def again(record: Record, times: int = 30) -> Record:
     "The record several times over."
     n = len(record)
 
