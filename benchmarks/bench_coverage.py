@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fields import independent_flows
-from turbvit_nb.physics.budgets import SymmetryTest, nearest_image, stationarity
+from turbvit_nb.physics.budgets import SymmetryTest, nearest_image, shifted, stationarity
 from turbvit_nb.physics.metrics import eofs, principal_components
 from turbvit_nb.physics.py2d import Regime, find_runs, open_store
 from turbvit_nb.physics.spectral import grid
@@ -77,15 +77,17 @@ def main():
     elif args.data: series = stored(args.data, args.parts)
     else: series = torch.stack([observe(omega) for omega in independent_flows(regime, args.flows, args.time, args.step, args.spin_up)], -1)
     if args.keep and not args.keep.exists(): np.savez(args.keep, series=series.numpy().astype(np.float32))
+    if len(series) < 8:
+        parser.error(f"{len(series)} records: coverage needs 8 or more, from --flows, or from --data in --parts")
     report(regime, series, step)
 
 
 def aligned(profiles: torch.Tensor, fky: int) -> torch.Tensor:
     "Profiles (records, N, n), each record shifted along y by a symmetry of the flow to where its mean is nearest to the first record's."
-    N, moved = profiles.shape[1], []
+    moved = []
     for record in profiles:
         _, image = nearest_image(record.mean(-1), profiles[0].mean(-1), fky)
-        moved.append(record.roll(image * N // fky, 0))
+        moved.append(shifted(record.mT, 2 * np.pi / fky * image).mT)
     return torch.stack(moved)
 
 

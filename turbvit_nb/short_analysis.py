@@ -404,14 +404,17 @@ def fit_baselines(
     total = sum(dataset.read(tree, numbers).sum(0, dtype=torch.float64) for tree, numbers in stretches)
     mean = total / sum(len(numbers) for _, numbers in stretches)
     anomalies = lambda: (dataset.read(tree, numbers) - mean.float() for tree, numbers in progress(stretches, desc="fitting damped persistence and the linear model"))
-    damping = torch.full((2, leads), torch.nan, dtype=torch.float64)
-    damping[:, :reach] = fit_damping(anomalies(), reach)
-    damped = DampedPersistence(mean, damping)
+    damped = DampedPersistence(mean, _padded(fit_damping(anomalies(), reach), leads))
     return damped, _fit_linear(damped, anomalies, sum(len(n) for _, n in stretches), reach) if linear else None
+
+
+def _padded(damping: Tensor, leads: int) -> Tensor:
+    "Damping (2, reach) as (2, leads), NaN beyond its reach."
+    return torch.cat([damping, damping.new_full((2, leads - damping.shape[1]), torch.nan)], 1)
 
 # %% ../nbs/05_short_analysis.ipynb #10b647fe
 def _fit_linear(damped: DampedPersistence, anomalies: Callable[[], Iterator[Tensor]], frames: int, leads: int) -> LinearForecast:
-    "Modes from every n-th frame, at most `SNAPSHOTS` and a group's bytes of them; the regression from all."
+    "Modes from every n-th frame, at most `SNAPSHOTS` and a group's bytes of them; the regression, and the damping of what the modes leave out, from all."
     every = math.ceil(frames / min(SNAPSHOTS, GROUP // (4 * damped.mean.numel())))
     snapshots, seen = torch.empty(math.ceil(frames / every), *damped.mean.shape), 0
     for stretch in anomalies():
@@ -420,7 +423,9 @@ def _fit_linear(damped: DampedPersistence, anomalies: Callable[[], Iterator[Tens
     modes, _ = pod(snapshots, 128)
     series = [coefficients(stretch, modes) for stretch in anomalies()]
     matrices = choose_linear(series, leads, range(1, HISTORY + 1))
-    return LinearForecast(damped.mean, modes[: matrices.shape[-1]], matrices, damped.damping)
+    modes = modes[: matrices.shape[-1]]
+    rests = (stretch - (coefficients(stretch, modes).float() @ modes.flatten(1)).view_as(stretch) for stretch in anomalies())
+    return LinearForecast(damped.mean, modes, matrices, _padded(fit_damping(rests, leads), damped.damping.shape[1]))
 
 # %% ../nbs/05_short_analysis.ipynb #1110ccdb
 def _told(run: Run, *sections: str) -> dict:
@@ -435,16 +440,16 @@ def baseline_fits(run: Run) -> Fits:
     step = run.config.section(scored_section(run)).target_step
     asked = _told(run, fitted, climo) | {"leads": settings.max_leadtime, "linear": settings.linear, "step": step}
     asked = json.dumps(asked, sort_keys=True)
-    if not target.exists() or str(np.load(target)["made_from"]) != asked:
+    if not target.exists() or str(np.load(target)["made_from"]) != asked or settings.linear and "rest" not in np.load(target):
         climate = climatology(open_dataset(_streamed(run.config.section(climo)), name=climo))
         training = open_dataset(_streamed(run.config.section(fitted), target_step=step), name=fitted)
         damped, linear = fit_baselines(training, settings.max_leadtime, settings.linear)
         kept = {"climate": climate, "mean": damped.mean, "damping": damped.damping}
-        kept |= {"modes": linear.modes, "matrices": linear.matrices} if linear else {}
+        kept |= {"modes": linear.modes, "matrices": linear.matrices, "rest": linear.damping} if linear else {}
         with atomic(target) as part:
             np.savez(part, made_from=np.array(asked), **{name: value.numpy() for name, value in kept.items()})
     held = {name: torch.from_numpy(value) for name, value in np.load(target).items() if name != "made_from"}
-    linear = LinearForecast(held["mean"], held["modes"], held["matrices"], held["damping"]) if settings.linear else None
+    linear = LinearForecast(held["mean"], held["modes"], held["matrices"], held["rest"]) if settings.linear else None
     return Fits(held["climate"], DampedPersistence(held["mean"], held["damping"]), linear)
 
 # %% ../nbs/05_short_analysis.ipynb #58cb994d

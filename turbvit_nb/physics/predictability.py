@@ -133,17 +133,18 @@ def fit_damping(
     stretches: Iterable[Tensor],  # (n, 2, N, N) each: anomalies of u and v from the climatology, one step apart
     leads: int,
 ) -> Tensor:  # (2, leads)
-    "Least squares coefficient of the anomaly on that of 1, 2, … `leads` steps before, per field. Raises ValueError where no stretch is long enough."
-    products, squares = torch.zeros(2, leads, dtype=torch.float64), torch.zeros(2, leads, dtype=torch.float64)
+    "Least squares coefficient of the anomaly on that of 1, 2, … `leads` steps before, per field; 0 where all anomalies are. Raises ValueError where no stretch is long enough."
+    products, squares, longest = torch.zeros(2, leads, dtype=torch.float64), torch.zeros(2, leads, dtype=torch.float64), 0
     for stretch in stretches:
+        longest = max(longest, len(stretch))
         frames = stretch.transpose(0, 1).flatten(2)
         gram = (frames @ frames.mT).double().cpu() / frames.shape[-1]
         for lead in range(1, min(leads + 1, len(stretch))):
             products[:, lead - 1] += gram.diagonal(lead, 1, 2).sum(-1)
             squares[:, lead - 1] += gram.diagonal(0, 1, 2)[:, :-lead].sum(-1)
-    if not (squares > 0).all():
+    if longest <= leads:
         raise ValueError(f"damped persistence to {leads} steps needs {leads + 1} training frames in a row; lower the longest lead or widen the ranges")
-    return products / squares
+    return torch.where(squares > 0, products / squares, 0.0)
 
 # %% ../../nbs/physics/05_predictability.ipynb #b902b990
 def pod(
