@@ -3,10 +3,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import scipy.stats
@@ -29,6 +31,7 @@ from turbvit_nb.long_analysis import (
     climate_distances,
     long_analysis,
     merge_parts,
+    read_long,
     rollout_record,
     side_by_side,
     truth_records,
@@ -282,16 +285,53 @@ def test_a_rollout_that_blew_up_early_is_left_out_and_said(study):
     assert not (folder / "long_analyses" / "prune1_remaining_50.0.nc").exists()
     for late in (folder / "inference" / "best").glob("*/[1-9]?.npy"):
         late.unlink()
-    with pytest.raises(LabError, match="no rollout is long enough: .* has only 16 of the 21 frames"):
+    with pytest.raises(LabError, match="no rollout can be analysed: .* has only 16 of the 21 frames"):
         go(folder, "long_analysis", long_analysis)
 
 
-def test_a_rollout_of_another_grid_is_named(study):
+def test_rollouts_that_do_not_fit_or_are_damaged_are_left_out_and_named(study, capsys, monkeypatch):
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
     folder = study["pruned"]
-    for chunk in (folder / "inference" / "best").glob("*/*.npy"):
+    first, other = sorted(path for path in (folder / "inference" / "best").iterdir() if path.is_dir())
+    for chunk in first.glob("*.npy"):
         np.save(chunk, np.zeros((len(np.load(chunk)), 2, 8, 8), np.float32))
-    with pytest.raises(LabError, match=r"best/.* of best is on a grid of 8², the truth on 16²"):
-        go(folder, "long_analysis", long_analysis, "analysis.pdf_bins=41")
+    for chunk in (folder / "inference" / "prune1_remaining_50.0").glob("*/17.npy"):
+        chunk.write_bytes(chunk.read_bytes()[:500])
+    climates = go(folder, "long_analysis", long_analysis, "analysis.pdf_bins=41")
+    assert list(climates) == ["truth", "best"] and climates["best"].record.values.tolist() == [f"best/{other.name}"]
+    assert json.loads(climates["best"].attrs["left_out"])[0].startswith(f"best/{first.name} is on a grid of 8², the truth on 16²")
+    told = capsys.readouterr()
+    assert f"17.npy is damaged (ValueError): delete {folder / 'inference' / 'prune1_remaining_50.0'}" in told.out + told.err
+
+
+def test_damaged_results_are_made_again(study, capsys, monkeypatch):
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
+    folder = study["pruned"]
+    sound = go(folder, "short_analysis", short_analysis), go(folder, "long_analysis", long_analysis)
+    for name in ("short_analyses/best.nc", "baselines/fits.npz", "baselines/scores.nc", "long_analyses/best.nc"):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = go(folder, "short_analysis", short_analysis), go(folder, "long_analysis", long_analysis)
+    for before, after in zip(sound, again):
+        xr.testing.assert_allclose(before["best"], after["best"])
+    told = capsys.readouterr()
+    assert sum(line.endswith("is made again") or "is damaged" in line for line in (told.out + told.err).splitlines()) >= 3
+    (folder / "long_analyses" / "best.nc").write_bytes(b"x")
+    with pytest.raises(LabError, match="best.nc is damaged .*: delete it and run 06_long_analysis again"):
+        read_long(folder)
+
+
+SWITCHES = ("temporal_mean", "zonal_mean", "zonal_eof_pc", "div", "return_period", "return_period_anomaly", "PDF_U", "PDF_Omega", "spectra", "budget", "symmetry", "artefact")
+
+
+@pytest.mark.parametrize("on", [(), ("spectra",), ("PDF_Omega", "zonal_mean")])
+def test_the_report_has_what_is_switched_on_and_nothing_else(study, on):
+    told = [f"--set=analysis.{name}={'true' if name in on else 'false'}" for name in SWITCHES]
+    ran = subprocess.run([Path(sys.executable).parent / "turbvit", "run", "06", study["pruned"], *told], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = nbformat.read(study["pruned"] / "06_long_analysis.ipynb", 4)
+    pictures = [output for cell in report.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 1 + len(on) and not any(output.output_type == "error" for cell in report.cells for output in cell.get("outputs", []))
 
 
 def brute(records) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,8 @@ from bokeh.resources import Resources
 from IPython.display import Markdown
 from matplotlib.colors import to_hex
 
-from .compare import compared_folders, short_name
+from .compare import compared_folders
+from .inference import short_name
 from .lab.config import LabError
 from .lab.plots import DIVERGING, looks, shared_limit, show
 from .lab.progress import note
@@ -414,6 +415,8 @@ def explore(
     "Write the explorer of all analysed checkpoints of the runs as one self-contained HTML file."
     by_name = dict(folders) if isinstance(folders, Mapping) else {Path(folder).name: Path(folder) for folder in folders}
     target = Path(target) if target else next(iter(by_name.values())) / "explorer.html"
+    if target.is_dir():
+        raise LabError(f"{target} is a folder: name the HTML file to write")
     html = html_of(page(collect(by_name, budget)))
     with atomic(target) as part:
         part.write_text(html, encoding="utf-8")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InferenceConfig', 'Limits', 'extremes', 'broken', 'RolloutWriter', 'Rollout', 'open_rollout', 'open_rollouts',
            'start_data', 'choose_starts', 'climate_limits', 'choose_checkpoints', 'Forecast', 'make_movie', 'infer',
-           'run_panels', 'shown_steps', 'run_movie']
+           'run_panels', 'short_name', 'shown_steps', 'run_movie']
 
 # %% ../nbs/04_inference.ipynb #d071b97c
 import hashlib
@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 from .datasets import FrameDataset, ensure_data, open_dataset, to_velocity
 from .lab.config import LabError, Section
-from .lab.plots import DIVERGING, Table, curves, field_strip, shared_limit, show
+from .lab.plots import DIVERGING, Table, beside, curves, field_strip, shared_limit, show
 from .lab.progress import Meter, note
-from .lab.runs import Run, atomic, open_run
+from .lab.runs import Run, atomic, open_run, result_file
 from .model import Emulator, load_emulator, rollout
 from .physics.py2d import Regime, open_store
 from .physics.spectral import Grid, grid
@@ -113,14 +113,18 @@ class Rollout:
     ):
         self.path = Path(path)
         described = self.path / "rollout.json"
-        self.header = json.loads(described.read_text()) if described.exists() else {"axes": ["step", "field", "y", "x"]}
+        again = f"delete {self.path} and run 04_inference again"
+        self.header = result_file(described, lambda path: json.loads(path.read_text()), again) if described.exists() else {"axes": ["step", "field", "y", "x"]}
         self.step = self.header.get("step", step)
         self.regime = Regime.parse(self.header["regime"]) if "regime" in self.header else None
         files = sorted(self.path.glob("[0-9]*.npy"), key=lambda file: int(file.stem))
         if not files:
             raise LabError(f"no rollout in {self.path}: it holds no <first step>.npy")
         self.first = [int(file.stem) for file in files]
-        self.chunks = [np.load(file, mmap_mode="r") for file in files]
+        self.chunks = [result_file(file, lambda path: np.load(path, mmap_mode="r"), again) for file in files]
+        for file, chunk in zip(files, self.chunks):
+            if chunk.dtype.kind != "f" or chunk.ndim != 4 or chunk.shape[1] != 2:
+                raise LabError(f"{file} holds {chunk.dtype} {chunk.shape}; a rollout is u and v of every step, floats (steps, 2, N, N)")
 
 # %% ../nbs/04_inference.ipynb #b22bf678
 @patch
@@ -565,13 +569,16 @@ def run_panels(
     return panels | rolled | ({f"{title} − truth": omega - panels["truth"] for title, omega in rolled.items()} if error else {})
 
 
-def _title(checkpoint: str) -> str:
-    "A checkpoint's name over a panel: dense, or the share of its weights."
-    if checkpoint.startswith("prune"):
-        return f"{float(checkpoint.rsplit('_', 1)[1]):g} % of the weights"
-    return {"best": "dense"}.get(checkpoint, checkpoint)
+def short_name(checkpoint: str) -> str:
+    "A checkpoint's name for a legend: dense, 50 % or control 3; after that of its run, where it is <run>-<checkpoint>; other names as they are."
+    found = re.fullmatch(r"(?:(.+)-)?(?:best|prune(\d+)_remaining_([\d.]+))", checkpoint)
+    if not found:
+        return checkpoint
+    run, stage, share = found.groups()
+    name = "dense" if stage is None else f"control {stage}" if float(share) > 99.99 else f"{float(share):g} %"
+    return f"{run} {name}" if run else name
 
-
+# %% ../nbs/04_inference.ipynb #5338a478
 def shown_steps(rollout: Rollout, pictures: int, stride: int | None) -> np.ndarray:
     "The steps to show: `stride` apart from the first on, or spread over all whose truth is known, over all where none is."
     steps = rollout.followed if len(rollout.followed) else rollout.steps
@@ -579,7 +586,7 @@ def shown_steps(rollout: Rollout, pictures: int, stride: int | None) -> np.ndarr
         return steps[::stride][:pictures]
     return steps[np.linspace(0, len(steps) - 1, min(pictures, len(steps))).round().astype(int)]
 
-# %% ../nbs/04_inference.ipynb #ba801412
+# %% ../nbs/04_inference.ipynb #a4a72013
 def run_movie(
     folder: str | Path,  # a run folder
     path: str | Path | None = None,  # ends in .gif or .mp4; default: <run>/<name of the run>.gif
@@ -591,10 +598,12 @@ def run_movie(
     **look,  # `size`, `fps`, `max_bytes` of `make_movie`
 ) -> Path:  # of the file
     "Truth beside the rollouts of a run, as a GIF or an MP4."
+    if frames < 1 or start < 0 or stride is not None and stride < 1:
+        raise LabError(f"frames = {frames}, start = {start}, stride = {stride}: give at least 1 frame, a start from 0 on and a stride from 1 on")
     folder, found = Path(folder), open_rollouts(folder)
     if not found:
         raise LabError(f"{folder} holds no rollouts; run 04_inference first")
-    labels = labels or {name: _title(name) for name in dict.fromkeys([next(iter(found)), list(found)[-1]])}
+    labels = labels or {name: short_name(name).replace("%", "% of the weights") for name in dict.fromkeys([next(iter(found)), list(found)[-1]])}
     if missing := [name for name in labels if name not in found]:
         raise LabError(f"{folder} has no rollout of {missing[0]}; there are: {', '.join(found)}")
     if start >= min(len(found[name]) for name in labels):

@@ -11,11 +11,11 @@ __all__ = ['WANTS', 'Arrays', 'DIAGNOSTICS', 'EXTREMES', 'FEWEST', 'MOST', 'PERI
            'gaps', 'side_by_side', 'climate_dataset', 'ended_early', 'climate_summary', 'histogram_of',
            'summary_distances', 'climate_distances', 'distance_intervals', 'chance_distances', 'chance_points',
            'standing', 'drifting', 'blow_ups', 'open_truth', 'truth_records', 'spacing', 'rollout_groups',
-           'frames_needed', 'long_enough', 'check_settings', 'check_source', 'block_frames', 'bin_ranges', 'parts_of',
+           'frames_needed', 'fitting', 'check_settings', 'check_source', 'block_frames', 'bin_ranges', 'parts_of',
            'take_part', 'kept_of', 'analyse_source', 'open_setting', 'setting_for', 'judged_by', 'long_analysis',
-           'read_long', 'marked', 'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure',
+           'read_long', 'marked', 'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure', 'eof_table',
            'autocorrelation_figure', 'return_figure', 'energy_figure', 'mean_figure', 'residual_figure', 'outside',
-           'climate_table', 'standing_table', 'physics_table', 'climate_verdict']
+           'climate_table', 'standing_table', 'residuals', 'unresolved', 'physics_table', 'climate_verdict']
 
 # %% ../nbs/06_long_analysis.ipynb #0a0d063c
 import json
@@ -43,11 +43,11 @@ from torch import Tensor
 
 # %% ../nbs/06_long_analysis.ipynb #5dddbca7
 from .datasets import FrameDataset, check_disjoint, climatology, ensure_data, open_dataset
-from .inference import Rollout, infer, open_rollout
+from .inference import Rollout, infer, open_rollout, short_name
 from .lab.config import LabError, run_folder
-from .lab.plots import Table, beside, curves, field_strip, hovmoller, show, spectra
+from .lab.plots import Table, beside, curves, field_strip, hovmoller, interval_text, looks, show, spectra
 from .lab.progress import Meter, note
-from .lab.runs import Run, atomic, open_run
+from .lab.runs import Run, atomic, earlier, open_run, result_file
 from turbvit_nb.physics.budgets import (
     TERMS, Budgets, Stationarity, SymmetryTest, artefact_score, blow_up_time, frame_terms, nearest_image, shifted, stationarity,
 )
@@ -58,10 +58,10 @@ from .physics.py2d import Regime, Store
 from .physics.spectral import Grid, grid
 from turbvit_nb.physics.statistics import (
     autocorrelation_band, block_length, block_replicates, decorrelation_time, effective_size, event_periods, event_rate, extremal_index,
-    gev_band, gpd_band, mean_interval, percentile_interval, pooled_events,
+    blocks_interval, gev_band, gpd_band, mean_interval, percentile_interval, pooled_events,
 )
 from .physics.sums import PointSums, ProductSums, WaveSums
-from .short_analysis import AnalysisConfig, analysis_settings, climate_section, scored_section
+from .short_analysis import AnalysisConfig, analysis_settings, climate_section, marked_wavenumbers, scored_section, wave_marks
 from .train import train
 
 # %% ../nbs/06_long_analysis.ipynb #8ae11e51
@@ -488,8 +488,7 @@ def interval(
     "Interval (low, high), each (…), of the mean from the means of blocks; NaN below 8 blocks, which tell nothing."
     if len(means) < 8:
         return torch.full(means.shape[1:], math.nan), torch.full(means.shape[1:], math.nan)
-    means = means.movedim(0, -1)
-    return mean_interval(means.split(list(sizes), -1) if min(sizes) >= 8 else means, self.setting.config.level)
+    return blocks_interval(means.movedim(0, -1), sizes, self.setting.config.level)
 
 
 @patch
@@ -548,7 +547,8 @@ def fields(self: TemporalMean, coefficients: Tensor) -> Tensor:
 def result(self: TemporalMean) -> Arrays:
     "Mean, interval and variance of the fields (field, x, y)."
     mean, dims = self.fields(self.mean("coefficients")), ("field", "x", "y")
-    interval = self.interval(self.fields(self.block_means("coefficients")), self.sizes("coefficients"))
+    blocks = self.block_means("coefficients")
+    interval = self.interval(self.fields(blocks) if len(blocks) else mean.new_zeros(0, *mean.shape), self.sizes("coefficients"))
     about = {"long_name": "mean in time", "units": "of the field"}
     variance = _numbers(self.mean("squares") - mean**2).clip(min=0)
     return _with_interval("mean", dims, mean, interval, about, self.setting.config.level) | {
@@ -615,11 +615,12 @@ class ZonalEOF(Diagnostic, switch="zonal_eof_pc"):
         return moments["mean"], eofs(moments["covariance"], self.setting.config.eof_ncomp)
 
 # %% ../nbs/06_long_analysis.ipynb #a5042d90
-def _sampling_error(components: Sequence[Tensor], level: float) -> Tensor:
-    "Relative half-width of the interval of each PC's variance, (modes,), after North et al. (1982)."
+def _sampling_error(components: Sequence[Tensor], explained: Tensor, level: float) -> Tensor:
+    "Half-width of the interval of each explained fraction, (modes,): the variances of the PCs err independently (North et al. 1982), and each is in the total too. Modes that were not asked for count as ones like the last."
     independent = sum(effective_size((record.T - record.T.mean(-1, keepdim=True)) ** 2) for record in components if len(record) >= 8)
-    return scipy.stats.norm.ppf((1 + level) / 2) * (2 / torch.as_tensor(independent)).sqrt()
-
+    error = scipy.stats.norm.ppf((1 + level) / 2) * (2 / torch.as_tensor(independent)).sqrt() * explained
+    others = (error**2).sum() - error**2 + (1 - explained.sum()).clamp(min=0) * error[-1] ** 2 / explained[-1].clamp(min=1e-12)
+    return (((1 - explained) * error) ** 2 + explained**2 * others).sqrt()
 
 
 @patch
@@ -645,8 +646,8 @@ def result(self: ZonalEOF) -> Arrays:
     padded = np.full((len(components), max(map(len, components)), len(modes["variance"])), np.nan, np.float32)
     for row, record in zip(padded, components):
         row[: len(record)] = record
-    error = modes["explained"] * _sampling_error(components, level)
-    share = (modes["explained"] - error, modes["explained"] + error)
+    error = _sampling_error(components, modes["explained"], level)
+    share = ((modes["explained"] - error).clamp(min=0), (modes["explained"] + error).clamp(max=1))
     return {
         "eof": (("mode", "y"), _numbers(modes["patterns"]), {"long_name": "EOFs of the mean over x of u, orthonormal", "units": "1"}),
         "pc": (("record", "frame", "mode"), padded, {"long_name": "principal components", "units": "length/time"}),
@@ -720,10 +721,11 @@ def result(self: Distribution) -> Arrays:
 def moments(self: Distribution) -> Arrays:
     "Standard deviation, skewness and kurtosis (3 for a Gaussian) of all values, with intervals."
     blocks, all_ = self.block_means("powers"), _central(self.mean("powers"))
-    resampled = _central(block_replicates(blocks, None, block_length(blocks.T))) if len(blocks) >= 8 else None
+    together = block_length(blocks.T) if len(blocks) >= 8 else 1
+    resampled = _central(block_replicates(blocks, None, together)) if len(blocks) >= 8 else None
     arrays = {}
     for key, value in all_.items():
-        ends = percentile_interval(resampled[key], len(blocks), self.setting.config.level) if resampled else (value * math.nan,) * 2
+        ends = percentile_interval(resampled[key], len(blocks) / together, self.setting.config.level) if resampled else (value * math.nan,) * 2
         about = {"long_name": f"{key} of {self.symbol}", "units": self.units if key == "std" else "1"}
         arrays |= _with_interval(f"{key}_{self.name}", (), value, ends, about, self.setting.config.level)
     return arrays
@@ -856,7 +858,9 @@ class Budget(Diagnostic, switch="budget"):
 def result(self: Budget) -> Arrays:
     "Terms of the budgets, their tendency and residual (…_term,) or (momentum_term, y), with intervals; nothing without a regime or without two blocks."
     records = self.rows("terms") if self.series else []
-    block = min([self.setting.block, *(max(1, len(rows) - 1) for rows in records)])
+    block = self.setting.block
+    if records and not any(len(rows) > block for rows in records):  # records shorter than a block are left out, unless all are
+        block = max(1, min(map(len, records)) - 1)
     if sum((len(rows) - 1) // block for rows in records) < 4:
         return {}
     budgets, first = Budgets(self.setting.regime, self.setting.step, block), 0
@@ -924,11 +928,23 @@ def tested(self: Symmetry) -> Arrays:
         return {}
     test = SymmetryTest(self.setting.regime, self.setting.block)
     test.sums = dict(enumerate(kept))
-    found, unit = test.result(), "length/time"
+    records = len({record for record, *_ in self.block_sums("profile")})
+    found, unit = test.result(fewest=4 if records > 1 else 6), "length/time"
     about = {"asymmetry": ("distance of the mean zonal flow from its symmetric part, root mean square", unit), "chance": ("95 % point of the asymmetry if the flow is symmetric", unit), "p_value": ("probability of such an asymmetry by chance", "1")}
     return {f"symmetry_{name}": ((), float(found[name]), {"long_name": text, "units": units}) for name, (text, units) in about.items()}
 
 # %% ../nbs/06_long_analysis.ipynb #71f837ab
+def _ratio_interval(found: Tensor, blocks: Tensor, score: Callable[[Tensor], Tensor], level: float) -> tuple[Tensor, Tensor]:
+    "Bootstrap interval of a positive score of the mean of `blocks` (n, …), on its logarithm, less the bias that drawing the largest of several has; NaN below 8 blocks."
+    if len(blocks) < 8 or not found > 0:
+        return found * math.nan, found * math.nan
+    together = block_length(blocks.sum(-1))
+    drawn = score(block_replicates(blocks, None, together, 400)).log()
+    low, high = percentile_interval(drawn - drawn.mean(), len(blocks) / together, level)
+    centre = 2 * found.log() - drawn.mean()
+    return (centre + low).exp(), (centre + high).exp()
+
+
 class Artefact(Diagnostic, switch="artefact"):
     "Power of ω on the multiples of the patch wavenumber beside that of their neighbours; 1 is no artefact."
 
@@ -941,8 +957,8 @@ class Artefact(Diagnostic, switch="artefact"):
         if regime is None or not size or N % size or not 3 <= N // size <= N // 2 - 3:
             return {}
         power = lambda squares: (squares * torch.from_numpy(_weights(N)["square"])).unflatten(-1, (N, N // 2 + 1))
-        found = artefact_score(power(self.mean("omega")), size, regime)
-        ends = self.interval(artefact_score(power(self.block_means("omega")), size, regime), self.sizes("omega"))
+        found, blocks = artefact_score(power(self.mean("omega")), size, regime), self.block_means("omega")
+        ends = _ratio_interval(found, blocks, lambda squares: artefact_score(power(squares), size, regime), self.setting.config.level)
         about = {"long_name": f"power at multiples of the wavenumber {N // size} of the patches over that beside them, largest", "units": "1"}
         return _with_interval("artefact", (), found, ends, about, self.setting.config.level)
 
@@ -1060,10 +1076,10 @@ def switched_on(config: AnalysisConfig) -> list[str]:
 
 
 def _finite_frames(given: Tensor) -> int:
-    "How many frames of (n, …) come before the first that is not finite."
-    if torch.isfinite(given.sum()):
+    "How many frames of (n, …) come before the first that is not finite, or whose sum of squares is not."
+    if torch.isfinite(torch.linalg.vector_norm(given)):
         return len(given)
-    finite = torch.isfinite(given).flatten(1).all(1)
+    finite = torch.isfinite(torch.linalg.vector_norm(given.flatten(1), dim=1))
     return len(finite) if finite.all() else int(finite.int().argmin())
 
 # %% ../nbs/06_long_analysis.ipynb #69a28b8d
@@ -1201,7 +1217,10 @@ def joined(parts: Sequence[Mapping[str, Diagnostic]]) -> dict[str, Diagnostic]:
     whole = dict(parts[0])
     for part in parts[1:]:
         for name, diagnostic in part.items():
-            whole[name].merge(diagnostic)
+            if name in whole:
+                whole[name].merge(diagnostic)
+            else:  # the first part held no frames
+                whole[name] = diagnostic
     return whole
 
 
@@ -1322,10 +1341,10 @@ def summary_distances(
     other: Mapping[str, np.ndarray],
     truth: xr.Dataset,  # gives the bins, and the units in which distributions differ
 ) -> dict[str, float]:
-    "Distances in what both hold: spectrum (decades, waves longer than 3 grid points), PDFs (standard deviations), zonal flow, energy and enstrophy (relative to `other`)."
+    "Distances in what both hold: spectrum (decades, shells that lie wholly below a third of the grid's wavenumbers), PDFs (standard deviations), zonal flow, energy and enstrophy (relative to `other`)."
     both, distances = mine.keys() & other.keys(), {}
     if "energy_spectrum" in both:
-        resolved = slice(1, int((truth.sizes["shell"] - 1) * 2**0.5 / 3))  # the last shell is at N/√2, the limit at N/3
+        resolved = slice(1, int((truth.sizes["shell"] - 1) * 2**0.5 / 3))  # the last shell is at N/√2, the limit at N/3, within the shell that is left out
         distances["spectrum (decades)"] = float(log_spectral_distance(*(torch.tensor(s["energy_spectrum"]) for s in (mine, other)), resolved))
     for name, title in (("u", "PDF of u (σ)"), ("omega", "PDF of ω (σ)")):
         if f"counts_{name}" in both:
@@ -1362,13 +1381,18 @@ def distance_intervals(
     truth: xr.Dataset,
     resamples: int = 200,
 ) -> dict[str, tuple[float, float]]:
-    "Intervals of `climate_distances` by resampling the blocks of both; none where there are fewer than 8 blocks."
+    "Intervals of `climate_distances` by resampling the blocks of both; none where there are fewer than 8 blocks. Resampling adds to the square of a distance once more what chance has added to it already, which is taken off."
     if min(data.sizes.get("block", 0) for data in (a, truth)) < 8:
         return {}
     pairs = zip(_draws(a, resamples, 0), _draws(truth, resamples, 1))
     drawn = [summary_distances(climate_summary(a, i), climate_summary(truth, j), truth) for i, j in pairs]
-    tail = (1 - float(truth.attrs.get("level", 0.95))) / 2
-    return {name: tuple(np.quantile([d[name] for d in drawn], (tail, 1 - tail)).tolist()) for name in drawn[0]}
+    found, level = climate_distances(a, truth), float(truth.attrs.get("level", 0.95))
+    independent, intervals = min(data.sizes["block"] / _memory_in_blocks(data) for data in (a, truth)), {}
+    for name in drawn[0]:
+        squares = torch.tensor([d[name] ** 2 for d in drawn], dtype=torch.float64)
+        ends = percentile_interval(squares - squares.mean(), independent, level)
+        intervals[name] = tuple(math.sqrt(max(0.0, 2 * found[name] ** 2 - float(squares.mean()) + float(end))) for end in ends)
+    return intervals
 
 # %% ../nbs/06_long_analysis.ipynb #ac3f8607
 def chance_distances(truth: xr.Dataset) -> dict[str, float]:
@@ -1396,8 +1420,10 @@ def chance_points(
 
 def _wider(truth: xr.Dataset, name: str, draws: Sequence[np.ndarray]) -> float:
     "How much wider the 95 % interval of the mean of energy or enstrophy is than the scatter of its draws makes it; at least 1."
-    records = [torch.tensor(row[np.isfinite(row)]) for row in truth[name].values]
-    low, high = mean_interval([record for record in records if len(record) >= 8])
+    records = [record for row in truth[name].values if len(record := torch.tensor(row[np.isfinite(row)])) >= 8]
+    if not records:
+        return 1.0
+    low, high = mean_interval(records)
     scatter = np.std([truth[f"block_{name}"].values[drawn].mean() for drawn in draws])
     return max(1.0, float(high - low) / 2 / (1.96 * scatter)) if scatter else 1.0
 
@@ -1466,8 +1492,15 @@ def rollout_groups(
     if not folder.is_dir() or not (chunks := sorted({path.parent for path in folder.rglob("[0-9]*.npy")})):
         raise LabError(f"no rollout in {folder}; run the inference first, or set analysis.inference_dir")
     groups: dict[str, list[Rollout]] = {}
+    damaged = []
     for path in chunks:
-        groups.setdefault(path.name if path == folder else path.parent.name, []).append(open_rollout(path, step))
+        try:
+            groups.setdefault(path.name if path == folder else path.parent.name, []).append(open_rollout(path, step))
+        except LabError as error:
+            damaged.append(str(error))
+            note(f"left out: {error}")
+    if not groups:
+        raise LabError("; ".join(damaged))
     order = sorted(groups, key=lambda name: (name != "best", len(name.split("_")[0]), name))
     return {name: groups[name] for name in order}
 
@@ -1477,11 +1510,26 @@ def frames_needed(config: AnalysisConfig) -> int:
     return max(2, config.PC_autocorr_nlags + 1 if config.zonal_eof_pc else 2)
 
 
-def long_enough(records: Sequence[Record], config: AnalysisConfig) -> tuple[list[Record], list[str]]:
-    "The records that are long enough, and in words those that are not."
-    needed = frames_needed(config)
-    short = [f"{record.label} has only {len(record)} of the {needed} frames that analysis.PC_autocorr_nlags asks for" for record in records if len(record) < needed]
-    return [record for record in records if len(record) >= needed], short
+def fitting(
+    records: Sequence[Record],
+    config: AnalysisConfig,
+    side: int,  # of the truth
+    step: float,  # of the truth
+) -> tuple[list[Record], list[str]]:
+    "The records that are long enough, begin with two good frames and have the truth's grid and step; and in words what is wrong with the others."
+    needed, kept, said = frames_needed(config), [], []
+    for record in records:
+        if len(record) < needed:
+            said.append(f"{record.label} has only {len(record)} of the {needed} frames that analysis.PC_autocorr_nlags asks for")
+        elif (good := _finite_frames(next(iter(record.read(0, 2).values())))) < 2:
+            said.append(f"{record.where(good)} is not finite")
+        elif record.side != side:
+            said.append(f"{record.label} is on a grid of {record.side}², the truth on {side}²; a climate can only be compared on one grid")
+        elif not np.isclose(record.step, step, rtol=1e-3):
+            said.append(f"{record.label} has frames every {record.step:g} time units, the truth every {step:g}; use rollouts with one step and one save_every")
+        else:
+            kept.append(record)
+    return kept, said
 
 # %% ../nbs/06_long_analysis.ipynb #4a78f1cf
 def check_settings(config: AnalysisConfig) -> None:
@@ -1499,10 +1547,9 @@ def check_source(
     name: str,  # of the source
     records: Sequence[Record],
     setting: Setting,
-    side: int,  # points per side of the truth
 ) -> None:
-    "Raise `LabError` where the records are too short or do not fit the truth."
-    config, shortest = setting.config, min(map(len, records))
+    "Raise `LabError` where the records are too short for what the config asks."
+    config, shortest, side = setting.config, min(map(len, records)), records[0].side
     if shortest < frames_needed(config):
         raise LabError(f"analysis.PC_autocorr_nlags = {config.PC_autocorr_nlags} needs more frames than that; a record of {name} has {shortest}: lower it or use longer records")
     if config.zonal_eof_pc and not 1 <= config.eof_ncomp <= side:
@@ -1510,11 +1557,6 @@ def check_source(
     longest = max(map(len, records)) * setting.step
     if (config.return_period or config.return_period_anomaly) and 3 * config.extreme_block > longest + setting.step / 2:
         raise LabError(f"analysis.extreme_block = {config.extreme_block:g} time units needs three blocks, of which two are whole; the longest record of {name} has {longest:.3g}: shorten it")
-    for record in records:
-        if record.side != side:
-            raise LabError(f"{record.label} of {name} is on a grid of {record.side}², the truth on {side}²; a climate can only be compared on one grid")
-        if not np.isclose(record.step, setting.step, rtol=1e-3):
-            raise LabError(f"{record.label} of {name} has frames every {record.step:g} time units, the truth every {setting.step:g}; use rollouts with one step and one save_every")
 
 # %% ../nbs/06_long_analysis.ipynb #0fa925f5
 BLOCKS = 32
@@ -1544,12 +1586,14 @@ def bin_ranges(
 
 # %% ../nbs/06_long_analysis.ipynb #9e19496a
 def _made_from(run: Run, records: Sequence[Record], setting: Setting) -> str:
-    "What a climate depends on, as JSON: settings, bins, thresholds, the zonal flow to turn to, and the records by name, length and first and last time."
+    "What a climate depends on, as JSON: settings, bins, thresholds, the zonal flow to turn to, and the records by name, length, first and last time, and sums of eight frames."
     names = list(AnalysisConfig.model_fields)
     mine = set(names[names.index("inference_dir") :]) - {"part", "merge"}
     asked = setting.config.model_dump(mode="json", include=mine)
     sections = {name: run.config.section(name).model_dump(mode="json") for name in (scored_section(run), climate_section(run))}
-    held = [[r.label, len(r), float(r.times[0]), float(r.times[-1]), float(next(iter(r.read(len(r) - 1, len(r)).values())).double().sum())] for r in records]
+    some = lambda record: np.linspace(0, len(record) - 1, 8).round().astype(int).tolist()
+    sums = lambda record: [float(next(iter(record.read(i, i + 1).values())).double().square().sum()) for i in some(record)]
+    held = [[r.label, len(r), float(r.times[0]), float(r.times[-1]), sums(r)] for r in records]
     known = {"analysis": asked, "ranges": dict(setting.ranges), "thresholds": dict(setting.thresholds), "patch_size": setting.patch_size, "records": held}
     known["reference"] = None if setting.reference is None else setting.reference.tolist()
     return json.dumps(sections | known, sort_keys=True)
@@ -1574,7 +1618,7 @@ def parts_of(
     missing = [i for i in range(1, total + 1) if f"{name}.{i}of{total}.npz" not in found]
     if len(counts) > 1 or missing:
         raise LabError(f"analysis.merge: the parts of {name} do not make a whole; of {total}, there is none numbered {', '.join(map(str, missing)) or 'alike'}")
-    parts = [read_kept(path, setting) for _, path in sorted(found.items())]
+    parts = [result_file(path, lambda path: read_kept(path, setting), "delete it and analyse that part again") for _, path in sorted(found.items())]
     return [part for part, _ in parts], {about for _, about in parts}
 
 
@@ -1582,10 +1626,8 @@ def take_part(run: Run, name: str, records: Sequence[Record], setting: Setting) 
     "Analyse a part of a source and write what was kept to `long_analyses/parts/<source>.<i>of<n>.npz`; not again if it is there."
     i, n = setting.config.part
     target, made_from = run.path / "long_analyses" / "parts" / f"{name}.{i}of{n}.npz", _part_made_from(run, records, setting)
-    if target.exists():
-        with np.load(target) as old:
-            if str(old["about"]) == made_from:
-                return
+    if earlier(target, lambda path: read_kept(path, setting)[1]) == made_from:
+        return
     save_kept(target, side_by_side(records, setting, (i, n), desc=f"{name}, part {i} of {n}"), made_from)
 
 # %% ../nbs/06_long_analysis.ipynb #43a0f262
@@ -1609,10 +1651,9 @@ def analyse_source(
     "The climate of a source, written to `long_analyses/<name>.nc`; read from there if it was made from the same things."
     target, made_from = run.path / "long_analyses" / f"{name}.nc", _made_from(run, records, setting)
     target.parent.mkdir(exist_ok=True)
-    if target.exists():
-        old = xr.load_dataset(target, engine="h5netcdf")
-        if old.attrs.get("made_from") == made_from:
-            return old
+    old = earlier(target, lambda path: xr.load_dataset(path, engine="h5netcdf"))
+    if old is not None and old.attrs.get("made_from") == made_from:
+        return old
     data = climate_dataset(kept_of(run, name, records, setting), records)
     data.attrs |= {"title": f"Long analysis of {name}", "config": run.config.to_toml(), "made_from": made_from, "step": setting.step} | dict(attributes)
     data.attrs |= {"level": setting.config.level, "block_frames": setting.block, "ended_early": json.dumps(ended_early(data, records)), "drifts": json.dumps(drifting(data))}
@@ -1666,22 +1707,22 @@ def long_analysis(run: Run) -> dict[str, xr.Dataset]:
     rollouts = {name: [rollout_record(r).first(config.analysis_length) for r in group] for name, group in groups.items()}
     truth = truth_records(dataset, spacing(dataset, next(iter(rollouts.values()))[0]), config.analysis_length)
     setting, side = open_setting(run, dataset, truth), truth[0].side
-    check_source("truth", truth, setting, side)
+    check_source("truth", truth, setting)
     sources, left_out = {"truth": truth}, {"truth": []}
     for name, records in rollouts.items():
-        records, left_out[name] = long_enough(records, config)
+        records, left_out[name] = fitting(records, config, side, setting.step)
         if records:
-            check_source(name, records, setting, side)
+            check_source(name, records, setting)
             sources[name] = records
     return _analyse_all(run, sources, left_out, setting, _about(run, truth))
 
 # %% ../nbs/06_long_analysis.ipynb #8a9ba484
 def _analyse_all(run: Run, sources: Mapping[str, list[Record]], left_out: Mapping[str, list[str]], setting: Setting, about: Mapping) -> dict[str, xr.Dataset]:
-    "The climates of all sources, or a part of each. A source none of whose records is long enough has none, and an older file of it is removed."
+    "The climates of all sources, or a part of each. A source none of whose records fits has none, and an older file of it is removed."
     for what in sum(left_out.values(), []):
         note(f"left out: {what}")
     if len(sources) == 1:
-        raise LabError(f"no rollout is long enough: {'; '.join(sum(left_out.values(), []))}; lower it or roll out further")
+        raise LabError(f"no rollout can be analysed: {'; '.join(sum(left_out.values(), []))}")
     for name in left_out.keys() - sources.keys():
         (run.path / "long_analyses" / f"{name}.nc").unlink(missing_ok=True)
     climates: dict[str, xr.Dataset] = {}
@@ -1696,29 +1737,24 @@ def _analyse_all(run: Run, sources: Mapping[str, list[Record]], left_out: Mappin
 
 # %% ../nbs/06_long_analysis.ipynb #11964a59
 def _about(run: Run, truth: Sequence[Record]) -> dict:
-    "Wavenumbers worth marking: of the forcing, and of a patch where the network has patches."
-    regime = Regime.parse(truth[0].label)
+    "Wavenumbers worth marking."
     model = run.config.sections.get("model")
-    patched = model is not None and model.model_type != "UNet"
-    return {
-        "forcing_wavenumber": float(max(regime.fkx, regime.fky)),
-        "patch_wavenumber": float(regime.NX / model.patch_size) if patched else 0.0,
-    }
+    return marked_wavenumbers(Regime.parse(truth[0].label), {} if model is None else model.model_dump())
 
 
 def read_long(folder: Path) -> dict[str, xr.Dataset]:
     "The climates of a run by source: the truth first, then best, then pruning stages."
     found = {path.stem: path for path in (Path(folder) / "long_analyses").glob("*.nc")}
     order = sorted(found, key=lambda name: (name != "truth", name != "best", len(name.split("_")[0]), name))
-    return {name: xr.load_dataset(found[name], engine="h5netcdf") for name in order}
+    return {name: result_file(found[name], lambda path: xr.load_dataset(path, engine="h5netcdf"), "delete it and run 06_long_analysis again") for name in order}
 
 
 
 # %% ../nbs/06_long_analysis.ipynb #1e8a2f50
 def marked(climates: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
-    "The climates under names that say which of them drift; the truth keeps its name, and its colour."
+    "The climates under their short names, which say of the rollouts whether they drift."
     drifts = lambda source, data: source != "truth" and json.loads(data.attrs.get("drifts", "[]"))
-    return {f"{source} (drifts)" if drifts(source, data) else source: data for source, data in climates.items()}
+    return {short_name(source) + " (drifts)" * bool(drifts(source, data)): data for source, data in climates.items()}
 
 
 def _bands(climates: Mapping[str, xr.Dataset], name: str, **where) -> dict[str, tuple]:
@@ -1731,8 +1767,7 @@ def spectrum_figure(climates: Mapping[str, xr.Dataset], name: str = "energy_spec
     "Mean spectra per shell of all sources with their intervals."
     climates = marked(climates)
     first, label = next(iter(climates.values())), {"energy_spectrum": "E(k) (length²/time²)", "enstrophy_spectrum": "Z(k) (1/time²)"}
-    marks = {"forcing": first.attrs["forcing_wavenumber"], "patch": first.attrs["patch_wavenumber"]}
-    return spectra({source: data[name].values for source, data in climates.items()}, label[name], **marks, bands=_bands(climates, name), **axes)
+    return spectra({source: data[name].values for source, data in climates.items()}, label[name], **wave_marks(first), bands=_bands(climates, name), **axes)
 
 
 def pdf_figure(climates: Mapping[str, xr.Dataset], name: str = "omega", **axes) -> hv.Overlay:
@@ -1759,8 +1794,28 @@ def eof_figure(climates: Mapping[str, xr.Dataset], mode: int = 1, **axes) -> hv.
     for source, data in climates.items():
         pattern = data.eof.sel(mode=mode).values
         lines[source] = (data.y.values, pattern * (1 if pattern @ reference >= 0 else -1))
-    share = ", ".join(f"{source} {float(data.explained.sel(mode=mode)):.0%}" for source, data in climates.items())
-    return curves(lines, "y", f"EOF {mode}", share if len(share) < 60 else "", **axes)
+    return curves(lines, "y", f"EOF {mode}", f"EOF {mode} of U", **axes)
+
+
+def eof_table(climates: Mapping[str, xr.Dataset], modes: int = 3) -> Table:
+    "A row per source: how much the zonal flow varies, the share of the first EOFs with their sampling errors, whether the first stands apart from the second, and how long its PC remembers."
+    rows = []
+    for source, data in marked(climates).items():
+        row = {"source": source}
+        if "zonal_variance" in data:
+            row["variance of U (length²/time²)"] = float(data.zonal_variance.sel(field="u").mean())
+        ends = {n: [float(data[f"explained{end}"].sel(mode=n)) for end in ("", "_low", "_high")] for n in range(1, min(modes, data.sizes["mode"]) + 1)}
+        row |= {f"EOF {n}": interval_text(*found) for n, found in ends.items()}
+        row |= {"1 apart from 2": "yes" if ends[1][1] > ends[2][2] else "no"} if 2 in ends else {}
+        records = [pc[np.isfinite(pc)] for pc in data.pc.sel(mode=1).values]
+        memories = [float(decorrelation_time(pc)) for pc in records if len(pc) >= 8]
+        rows.append(row | ({"memory of PC 1 (time)": float(np.mean(memories)) * _step(data)} if memories else {}))
+    return Table(rows, "How the zonal flow varies: shares of the variance with sampling errors; EOFs whose intervals overlap are mixtures of one another (North et al. 1982)")
+
+
+def _step(data: xr.Dataset) -> float:
+    "Time between frames."
+    return float(np.nanmedian(np.diff(data.time.values))) if data.sizes["frame"] > 1 else math.nan
 
 
 def autocorrelation_figure(climates: Mapping[str, xr.Dataset], mode: int = 1, **axes) -> hv.Overlay:
@@ -1771,38 +1826,45 @@ def autocorrelation_figure(climates: Mapping[str, xr.Dataset], mode: int = 1, **
 
 # %% ../nbs/06_long_analysis.ipynb #14b1f119
 def return_figure(climates: Mapping[str, xr.Dataset], extreme: str = "largest omega", prefix: str = "", **axes) -> hv.Overlay:
-    "Return levels of an extreme by the Pareto fit, with its band; where there is no fit, the empirical levels."
-    climates, lines, bands = marked(climates), {}, {}
-    for source, data in climates.items():
+    "Events and, by the Pareto fit with its band, the return levels of an extreme: solid as far as the records reach, dotted beyond. Where there is no fit, the events alone are joined."
+    lines, bands, beyond, events = {}, {}, {}, {}
+    for source, data in marked(climates).items():
         fit = data.sel(extreme=extreme)
-        level = fit[f"{prefix}gpd_level"].values
-        if not np.isfinite(fit[f"{prefix}return_level"]).any():
+        period, level = data.period.values, fit[f"{prefix}gpd_level"].values
+        seen = fit[f"{prefix}return_period"].values, fit[f"{prefix}return_level"].values
+        if not np.isfinite(seen[1]).any():
             continue
+        lines[source] = seen
         if np.isfinite(level).any():
-            lines[source], bands[source] = (data.period.values, level), tuple(fit[f"{prefix}gpd_level_{end}"].values for end in ("low", "high"))
-        else:
-            lines[source] = (fit[f"{prefix}return_period"].values, fit[f"{prefix}return_level"].values)
+            long = period > np.isfinite(data.energy.values).sum() * _step(data)
+            lines[source], bands[source], events[source] = (period, np.where(long, np.nan, level)), tuple(fit[f"{prefix}gpd_level_{end}"].values for end in ("low", "high")), seen
+            beyond[source] = period, np.where(long | np.append(long[1:], False), level, np.nan)
     anomaly, units = " (anomaly)" if prefix else "", "1/time" if "omega" in extreme else "length/time"
-    return curves(lines, "return period (time)", f"{extreme.replace('omega', 'ω')}{anomaly}, {units}", logx=True, bands=bands, **axes)
+    figure = curves(lines, "return period (time)", f"{extreme.replace('omega', 'ω')}{anomaly}, {units}", logx=True, bands=bands, **axes)
+    names, style = figure.get_dimension("return period (time)"), looks(list(lines))
+    vertical = next(part for part in figure if isinstance(part, hv.Curve)).vdims
+    more = [hv.Curve(line, names, vertical).opts(**style[source] | {"linestyle": ":"}) for source, line in beyond.items()]
+    more += [hv.Scatter(seen, names, vertical).opts(color=style[source]["color"], s=6, alpha=0.6) for source, seen in events.items()]
+    return hv.Overlay([*figure, *more]).opts(**hv.Store.lookup_options("matplotlib", figure, "plot").kwargs)
 
 
-def energy_figure(climates: Mapping[str, xr.Dataset], name: str = "energy", **axes) -> hv.Overlay:
-    "Energy or enstrophy of the first record of every source against time since its start."
+def energy_figure(climates: Mapping[str, xr.Dataset], name: str = "energy", points: int = 200, **axes) -> hv.Overlay:
+    "Energy or enstrophy of the first record of every source against time since its start; of a long record, means over as many frames as leave `points`."
     lines = {}
     for source, data in marked(climates).items():
-        times, values = data.time.values[0], data[name].values[0]
-        thin = max(1, len(times) // 1000)
-        lines[source] = (times[::thin] - times[0], values[::thin])
+        size = max(1, data.sizes["frame"] // points)
+        times, values = (row[: len(row) // size * size].reshape(-1, size).mean(1) for row in (data.time.values[0] - data.time.values[0, 0], data[name].values[0]))
+        lines[source] = times, values
     units = {"energy": "length²/time²", "enstrophy": "1/time²"}
     return curves(lines, "time since the first frame", f"{name} ({units[name]})", **axes)
 
 # %% ../nbs/06_long_analysis.ipynb #266c5ed2
 def mean_figure(climates: Mapping[str, xr.Dataset]) -> hv.Layout:
-    "Mean u and v of every source on one scale."
+    "Mean u and mean v of every source; each component has one scale."
     climates = marked(climates)
     rows = {source: [data["mean"].sel(field=name).values for name in ("u", "v")] for source, data in climates.items()}
     sideways = {name: [row[i] for row in rows.values()] for i, name in enumerate(("u", "v"))}
-    return field_strip(sideways, list(rows), "length/time")
+    return field_strip(sideways, list(rows), "length/time", one_scale=False)
 
 
 def residual_figure(climates: Mapping[str, xr.Dataset], **axes) -> hv.Overlay:
@@ -1818,11 +1880,6 @@ def outside(data: xr.Dataset, name: str) -> float:
     return float((counts[0] + counts[-1]) / counts.sum())
 
 
-def _interval_text(value: float, interval: tuple[float, float] | None) -> str:
-    "A value with its interval."
-    return f"{value:.3g}" if interval is None or not np.isfinite(interval).all() else f"{value:.3g} ({interval[0]:.2g} to {interval[1]:.2g})"
-
-
 def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
     "A row per source: distances from the truth with intervals, and how much was analysed."
     truth = climates["truth"]
@@ -1832,7 +1889,7 @@ def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
         if source == "truth":
             continue
         intervals = distance_intervals(data, truth)
-        rows.append({"source": source} | {name: _interval_text(value, intervals.get(name)) for name, value in climate_distances(data, truth).items()})
+        rows.append({"source": short_name(source)} | {name: interval_text(value, *intervals.get(name, (math.nan, math.nan))) for name, value in climate_distances(data, truth).items()})
         if "counts_omega" in data:
             rows[-1]["ω outside the bins"] = f"{outside(data, 'omega'):.2%}"
     for row, data in zip(rows, climates.values()):
@@ -1841,39 +1898,91 @@ def climate_table(climates: Mapping[str, xr.Dataset]) -> Table:
 
 # %% ../nbs/06_long_analysis.ipynb #84638569
 def standing_table(climates: Mapping[str, xr.Dataset]) -> Table:
-    "A row per source: does it stand still, and does it ever blow up?"
+    "A row per source: does it stand still, and does it ever blow up? A change of less than a standard deviation, or one that chance makes in one case of a hundred, is no drift."
     rows = []
     for source, data in climates.items():
         turned = ", ".join(f"{distance:.2g}" for distance in json.loads(data.attrs["turns"]))
-        row = {"source": source, "records, moved along y by": turned}
+        row = {"source": short_name(source), "records, moved along y by": turned}
         for name, found in standing(data).items():
-            row |= {f"{name}": found.verdict, f"change of {name} over a record (σ)": f"{found.change:+.2f}", f"memory of {name} (time)": found.memory}
+            ends = (found.change * end / found.trend for end in (found.low, found.high)) if found.trend else (math.nan, math.nan)
+            row |= {f"{name}": found.verdict, f"change of {name} over a record (σ)": interval_text(found.change, *sorted(ends), "+"), f"memory of {name} (time)": found.memory}
         bad = blow_ups(data, climates["truth"])
         rows.append(row | {"blows up": "; ".join(bad) or "never", "ends early": "; ".join(json.loads(data.attrs.get("ended_early", "[]"))) or "no"})
-    return Table(rows, "Is there a climate at all? Trends of energy and enstrophy")
+    return Table(rows, "Is there a climate at all? Trends of energy and enstrophy [99 % interval]; a drift is one that the interval tells from none and that exceeds one standard deviation over a record")
 
 # %% ../nbs/06_long_analysis.ipynb #ae4ed4ed
+def residuals(data: xr.Dataset) -> dict[str, tuple[float, float, float]]:
+    "What the budgets of energy and enstrophy leave over, relative to their largest term, with the interval."
+    found = {}
+    for name in ("energy", "enstrophy"):
+        if f"{name}_budget" in data:
+            ends = [float(data[f"{name}_budget{end}"].sel({f"{name}_term": "residual"})) for end in ("", "_low", "_high")]
+            scale = float(abs(data[f"{name}_budget"].sel({f"{name}_term": list(TERMS[name])})).max())
+            found[name] = tuple(end / scale if scale else math.nan for end in ends)
+    return found
+
+
+def unresolved(truth: xr.Dataset, cutoff: float) -> dict[str, float]:
+    "What the budgets of the truth would leave over, relative to their largest term, if it had no waves beyond the `cutoff`: the drag and the viscosity of the others. Nothing without a cutoff, budgets or spectra."
+    if not cutoff or "wave_energy" not in truth or "energy_budget" not in truth:
+        return {}
+    k2, energy, found = truth.kx.values[:, None] ** 2 + truth.ky.values**2, truth.wave_energy.values.astype(float), {}
+    beyond = lambda power: float((k2**power * energy)[k2 > cutoff**2].sum() / (k2**power * energy).sum())
+    for name, powers in (("energy", {"drag": 0, "viscosity": 1}), ("enstrophy", {"drag": 1, "viscosity": 2})):
+        terms = truth[f"{name}_budget"]
+        lost = sum(float(terms.sel({f"{name}_term": term})) * beyond(power) for term, power in powers.items())
+        found[name] = (lost + float(terms.sel({f"{name}_term": "residual"}))) / float(abs(terms.sel({f"{name}_term": list(TERMS[name])})).max())
+    return found
+
+# %% ../nbs/06_long_analysis.ipynb #7569c722
 def physics_table(climates: Mapping[str, xr.Dataset]) -> Table:
-    "A row per source: what the budgets leave over, relative to their largest term, divergence, symmetry and the outlines of patches."
-    rows = []
+    "A row per source: what the budgets leave over, relative to their largest term, divergence, symmetry and the outlines of patches; and what the cutoff of the models leaves over of the truth's budgets."
+    rows, column = [], "{} residual / largest term"
     for source, data in climates.items():
-        row = {"source": source}
-        for name in ("energy", "enstrophy"):
-            if f"{name}_budget" in data:
-                left, low, high = (data[f"{name}_budget{end}"].sel({f"{name}_term": "residual"}).item() for end in ("", "_low", "_high"))
-                scale = float(abs(data[f"{name}_budget"].sel({f"{name}_term": list(TERMS[name])})).max())
-                row[f"{name} residual / largest term"] = _interval_text(left / scale, (low / scale, high / scale))
+        row = {"source": short_name(source)} | {column.format(name): interval_text(*found) for name, found in residuals(data).items()}
         row |= {"divergence / vorticity": float(data.divergence)} if "divergence" in data else {}
         if "symmetry_asymmetry" in data:
-            row["asymmetry of U (chance)"] = f"{float(data.symmetry_asymmetry):.3g} ({float(data.symmetry_chance):.2g})"
+            row |= {"asymmetry of U (length/time)": float(data.symmetry_asymmetry), "p if symmetric": float(data.symmetry_p_value)}
         if "artefact" in data:
-            row["patch artefact (1: none)"] = _interval_text(float(data.artefact), (float(data.artefact_low), float(data.artefact_high)))
+            row["patch artefact (1: none)"] = interval_text(*(float(data[f"artefact{end}"]) for end in ("", "_low", "_high")))
         rows.append(row)
-    return Table(rows, "Does it obey the physics? None of these numbers needs the truth")
+        cutoff = wave_marks(data)["cutoff"]
+        if source == "truth" and (left := unresolved(data, cutoff)):
+            rows.append({"source": f"truth, its waves to k = {cutoff:.3g}"} | {column.format(name): value for name, value in left.items()})
+    return Table(rows, "Does it obey the physics? Only the second row needs the truth: what is missing there is missing in a model of those waves, however good")
 
 # %% ../nbs/06_long_analysis.ipynb #e4e5f670
+def _extreme_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
+    "The return levels, of events that each record holds ten times, whose intervals do not reach each other's, after those of the truth."
+    if any("gpd_level" not in climate for climate in (data, truth)):
+        return []
+    duration, told = min(float(np.isfinite(climate.energy.values).sum()) * _step(climate) for climate in (data, truth)), []
+    for extreme in EXTREMES:
+        mine, theirs = ({end: climate[f"gpd_level{end}"].sel(extreme=extreme) for end in ("", "_low", "_high")} for climate in (data, truth))
+        known = np.isfinite(mine[""].values + theirs[""].values) & (PERIODS <= duration / 10)
+        if not known.any():
+            continue
+        last = int(np.flatnonzero(known)[-1])
+        mine, theirs = ([float(side[end][last]) for end in ("", "_low", "_high")] for side in (mine, theirs))
+        toward = [side[2] - side[0] if other[0] > side[0] else side[0] - side[1] for side, other in ((mine, theirs), (theirs, mine))]
+        if abs(mine[0] - theirs[0]) > math.hypot(*toward):
+            told.append(f"{extreme.replace('omega', 'ω')} of {PERIODS[last]:g} time units {interval_text(*mine)} (truth {interval_text(*theirs)})")
+    return told
+
+
+def _budget_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
+    "The budgets that leave over more than one per cent of their largest term, beyond doubt, after what the model's cutoff explains."
+    explained, told = unresolved(truth, wave_marks(data)["cutoff"]), []
+    for name, (value, low, high) in residuals(data).items():
+        usual = explained.get(name, residuals(truth).get(name, (0.0,))[0])
+        if abs(value - usual) > 0.01 and not low <= usual <= high:
+            because = f", of which the waves it has not explain {usual:.1%}" if name in explained else ""
+            told.append(f"{name} {interval_text(100 * value, 100 * low, 100 * high, '+')} %{because}")
+    return told
+
+
 def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
-    "One sentence per source: whether it stands still, and which of its distances chance alone would hardly make."
+    "Some sentences per source: whether it stands still, which of its distances chance alone would hardly make, and where its extremes and its budgets go wrong."
     truth, sentences = climates["truth"], []
     if moving := drifting(truth):
         sentences.append(f"The truth itself drifts, {' and '.join(moving)}: its record is too short for a climate, and no distance from it is evidence.")
@@ -1887,6 +1996,9 @@ def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
         moving = f"; it drifts, {' and '.join(moving)}, so it has no climate and what is shown is a mean over a change" if moving else ""
         cut = [f"; {what}" for what in blow_ups(data, truth)]
         cut += [f"; a record ends early: {what}" for what in json.loads(data.attrs.get("ended_early", "[]"))]
-        cut += [f"; left out, so this is the climate of the longer rollouts only: {what}" for what in json.loads(data.attrs.get("left_out", "[]"))]
-        sentences.append(f"{source}: {told}{moving}{''.join(cut)}.")
+        cut += [f"; left out, so this is the climate of the other rollouts only: {what}" for what in json.loads(data.attrs.get("left_out", "[]"))]
+        storms, budgets = _extreme_words(data, truth), _budget_words(data, truth)
+        more = f" Its extremes are not the truth's: {'; '.join(storms)}." if storms else ""
+        more += f" Its budgets do not close, in parts of their largest term: {'; '.join(budgets)}." if budgets else ""
+        sentences.append(f"{short_name(source)}: {told}{moving}{''.join(cut)}.{more}")
     return sentences

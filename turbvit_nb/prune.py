@@ -26,7 +26,7 @@ from .lab.learner import EMA, Callback, Learner
 from .lab.progress import note
 from .lab.runs import Run, read_checkpoint
 from .model import Emulator, emulator_state, load_emulator, losses, rollout
-from .train import TrainingConfig, Validation, build_batches, build_data, build_optimizer, can_roll, fit, summarise
+from .train import TrainingConfig, Validation, build_batches, build_data, build_optimizer, can_roll, fit, horizon_words, summarise
 
 # %% ../nbs/03_prune.ipynb #5b21d54f
 def _known(word: str, known: dict[str, Any], key: str) -> None:

@@ -10,10 +10,11 @@ __all__ = ['FORECASTS', 'LABELS', 'UNITS', 'BANDS', 'HISTORY', 'GROUP', 'READ', 
            'score_emulator', 'one_step_error', 'training_stretches', 'Fits', 'fit_baselines', 'baseline_fits',
            'integrable', 'twin_states', 'baseline_states', 'truth_scores', 'score_baselines', 'flow_exponent',
            'ensemble_states', 'score_members', 'score_ensemble', 'checkpoint_names', 'find_checkpoints',
-           'checkpoint_files', 'shown_leads', 'example_fields', 'described', 'checkpoint_scores', 'short_analysis',
-           'read_short', 'curve', 'start_block', 'curve_interval', 'horizons', 'forecasts_in', 'beaten_until',
-           'summary_row', 'summary_table', 'horizon_table', 'score_figure', 'horizon_figure', 'strip_figure',
-           'spectrum_figure', 'band_figure', 'ensemble_figure', 'verdict', 'flow_words']
+           'checkpoint_files', 'shown_leads', 'example_fields', 'described', 'checkpoint_scores', 'marked_wavenumbers',
+           'wave_marks', 'short_analysis', 'read_short', 'curve', 'start_block', 'curve_interval', 'horizons',
+           'forecasts_in', 'beaten_until', 'summary_row', 'summary_table', 'horizon_table', 'score_figure',
+           'horizon_figure', 'strip_figure', 'spectrum_figure', 'band_figure', 'ensemble_figure', 'verdict',
+           'flow_words']
 
 # %% ../nbs/05_short_analysis.ipynb #d1bb1588
 import json
@@ -31,11 +32,14 @@ import xarray as xr
 from fastcore.basics import patch
 from torch import Tensor
 
+from pydantic import Field
+
 from .datasets import FIELDS, FrameDataset, check_disjoint, climatology, ensure_data, open_dataset, to_velocity
+from .inference import short_name
 from .lab.config import LabError, Section
 from .lab.plots import Table, beside, curves, field_strip, forest, looks, show, spectra
 from .lab.progress import note, progress
-from .lab.runs import Run, atomic, open_run
+from .lab.runs import Run, atomic, earlier, open_run, result_file
 from .model import Emulator, load_emulator, rollout
 from .physics.ensembles import energy_score, fair_crps, rank_histogram, spread_skill, spread_skill_ratio
 from .physics.metrics import acc, band_rms, bias, nrmse, rmse, space_mean, vrmse
@@ -61,29 +65,29 @@ from .train import train
 class AnalysisConfig(Section):
     "The [analysis] section: the short analysis (`max_leadtime` to `perturbation`), the long one (the rest), and `level` of both."
 
-    max_leadtime: int = 40  # longest lead of the short analysis, in steps
-    n_ensembles: int = 10  # initial states, spread evenly over the test frames
+    max_leadtime: int = Field(40, ge=1)  # longest lead of the short analysis, in steps
+    n_ensembles: int = Field(10, ge=1)  # initial states, spread evenly over the test frames
     checkpoints: list[str] | None = None  # names of checkpoints; default best and every pruning stage
-    threshold: float = 0.6  # the headline horizon is the first lead with ACC below it
+    threshold: float = Field(0.6, gt=-1, lt=1)  # the headline horizon is the first lead with ACC below it
     linear: bool = True  # score a linear model (POD and vector autoregression) as well
     ceiling: bool = True  # score the solver's own forecasts from perturbed states, and measure its Lyapunov exponent
-    lyapunov_time: float = 40.0  # time units over which the exponent is measured; 0 leaves it out
-    members: int = 1  # members of an ensemble forecast; 1 for none
-    perturbation: float = 1.0  # of the members' initial states, in units of the one-step error; 0 for a generative emulator
+    lyapunov_time: float = Field(40.0, ge=0, allow_inf_nan=False)  # time units over which the exponent is measured; 0 leaves it out
+    members: int = Field(1, ge=1)  # members of an ensemble forecast; 1 for none
+    perturbation: float = Field(1.0, ge=0, allow_inf_nan=False)  # of the members' initial states, in units of the one-step error; 0 for a generative emulator
     inference_dir: str | None = None  # rollouts to analyse; default those of this run
-    analysis_length: int | None = None  # frames per record; default all
+    analysis_length: int | None = Field(None, ge=2)  # frames per record; default all
     temporal_mean: bool = True  # mean and variance at every point
     zonal_mean: bool = True  # profiles over y and their history
     zonal_eof_pc: bool = True  # EOFs of the zonal-mean flow and their principal components
     eof_ncomp: int = 3  # how many of them
-    PC_autocorr_nlags: int = 50  # longest lag of the PCs' autocorrelation, in steps
+    PC_autocorr_nlags: int = Field(50, ge=0)  # longest lag of the PCs' autocorrelation, in steps
     div: bool = True  # divergence of the velocity
     return_period: bool = True  # extremes of u and ω
     return_period_anomaly: bool = True  # extremes of their anomalies from the climatology
-    extreme_block: float = 1.0  # length of a block of the extremes, in time units
+    extreme_block: float = Field(1.0, gt=0, allow_inf_nan=False)  # length of a block of the extremes, in time units
     PDF_U: bool = True  # distribution of u
     PDF_Omega: bool = True  # distribution of ω
-    pdf_bins: int = 200  # bins of both
+    pdf_bins: int = Field(200, ge=2)  # bins of both
     spectra: bool = True  # energy and enstrophy spectra
     py2d_spectra: bool = False  # amplitude spectra by the conventions of Py2D as well
     budget: bool = True  # budgets of energy, enstrophy and zonal momentum
@@ -433,6 +437,12 @@ def _told(run: Run, *sections: str) -> dict:
     return {name: run.config.section(name).model_dump(mode="json") for name in sections}
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    "All arrays of an .npz file."
+    with np.load(path) as held:
+        return dict(held)
+
+
 def baseline_fits(run: Run) -> Fits:
     "The fits of a run, from `baselines/fits.npz` if they are there and were made from the same frames."
     settings, target = analysis_settings(run), run.path / "baselines" / "fits.npz"
@@ -440,7 +450,8 @@ def baseline_fits(run: Run) -> Fits:
     step = run.config.section(scored_section(run)).target_step
     asked = _told(run, fitted, climo) | {"leads": settings.max_leadtime, "linear": settings.linear, "step": step}
     asked = json.dumps(asked, sort_keys=True)
-    if not target.exists() or str(np.load(target)["made_from"]) != asked or settings.linear and "rest" not in np.load(target):
+    held = earlier(target, _arrays)
+    if held is None or str(held["made_from"]) != asked or settings.linear and "rest" not in held:
         climate = climatology(open_dataset(_streamed(run.config.section(climo)), name=climo))
         training = open_dataset(_streamed(run.config.section(fitted), target_step=step), name=fitted)
         damped, linear = fit_baselines(training, settings.max_leadtime, settings.linear)
@@ -448,7 +459,7 @@ def baseline_fits(run: Run) -> Fits:
         kept |= {"modes": linear.modes, "matrices": linear.matrices, "rest": linear.damping} if linear else {}
         with atomic(target) as part:
             np.savez(part, made_from=np.array(asked), **{name: value.numpy() for name, value in kept.items()})
-    held = {name: torch.from_numpy(value) for name, value in np.load(target).items() if name != "made_from"}
+    held = {name: torch.from_numpy(value) for name, value in _arrays(target).items() if name != "made_from"}
     linear = LinearForecast(held["mean"], held["modes"], held["matrices"], held["rest"]) if settings.linear else None
     return Fits(held["climate"], DampedPersistence(held["mean"], held["damping"]), linear)
 
@@ -546,7 +557,8 @@ def flow_exponent(run: Run, starts: Starts) -> dict[str, float]:
     if not (settings.ceiling and settings.lyapunov_time) or len(flows) > 1 or not integrable(starts.flows[0]):
         return dict.fromkeys(names, math.nan)
     target, asked = run.path / "baselines" / "lyapunov.json", {"flow": str(starts.flows[0]), "time": settings.lyapunov_time, "level": settings.level}
-    if target.exists() and (known := json.loads(target.read_text()))["made_from"] == asked:
+    known = earlier(target, lambda path: json.loads(path.read_text()))
+    if known and known["made_from"] == asked:
         return {name: known[name] for name in names}
     intervals = round(settings.lyapunov_time / TAU)
     if intervals < 8:
@@ -744,11 +756,8 @@ def _fingerprint(
 
 
 def _up_to_date(target: Path, fingerprint: str) -> bool:
-    "Whether `target` is there and was made from the same things."
-    if not target.exists():
-        return False
-    with xr.open_dataset(target, engine="h5netcdf") as old:
-        return old.attrs.get("made_from") == fingerprint
+    "Whether `target` is there, whole, and made from the same things."
+    return earlier(target, lambda path: xr.load_dataset(path, engine="h5netcdf").attrs.get("made_from")) == fingerprint
 
 # %% ../nbs/05_short_analysis.ipynb #8ff29d23
 def checkpoint_scores(
@@ -775,10 +784,24 @@ def checkpoint_scores(
     return scores
 
 # %% ../nbs/05_short_analysis.ipynb #7f8f4906
+def marked_wavenumbers(regime: Regime, model: Mapping) -> dict[str, float]:
+    "Wavenumbers worth marking in a spectrum, 0 where there are none: of the forcing, of a patch of the network, and the largest that a model which projects its output has."
+    patched = model.get("model_type") != "UNet" and "patch_size" in model
+    return {
+        "forcing_wavenumber": float(max(regime.fkx, regime.fky)),
+        "patch_wavenumber": float(regime.NX / model["patch_size"]) if patched else 0.0,
+        "cutoff_wavenumber": model["cutoff"] * regime.NX / 2 if model.get("cutoff", 2.0) < 2**0.5 else 0.0,
+    }
+
+
+def wave_marks(data: xr.Dataset) -> dict[str, float]:
+    "The wavenumbers that a result marks, as `spectra` takes them."
+    return {name: float(data.attrs.get(f"{name}_wavenumber", 0.0)) for name in ("forcing", "patch", "cutoff")}
+
+# %% ../nbs/05_short_analysis.ipynb #568d1fca
 def _attributes(run: Run, name: str, emulator: Emulator, starts: Starts) -> dict:
     "What a reader of the file needs to know about where the numbers come from."
-    regime, model, settings = starts.dataset.regimes[0], emulator.network.config, analysis_settings(run)
-    patched = model.get("model_type") != "UNet" and "patch_size" in model
+    settings = analysis_settings(run)
     return {
         "title": f"Short analysis of {name}",
         "checkpoint": name,
@@ -787,13 +810,11 @@ def _attributes(run: Run, name: str, emulator: Emulator, starts: Starts) -> dict
         "level": float(settings.level),
         "members": settings.members,
         "band_edges": list(starts.edges),
-        "forcing_wavenumber": float(max(regime.fkx, regime.fky)),
-        "patch_wavenumber": float(regime.NX / model["patch_size"]) if patched else 0.0,
         "scored_on": scored_section(run),
         "climatology_from": climate_section(run),
         "fitted_to": fitted_section(run),
         "config": run.config.to_toml(),
-    }
+    } | marked_wavenumbers(starts.dataset.regimes[0], emulator.network.config)
 
 # %% ../nbs/05_short_analysis.ipynb #8c5c85a4
 def short_analysis(run: Run) -> dict[str, xr.Dataset]:
@@ -825,7 +846,8 @@ def read_short(
 ) -> dict[str, xr.Dataset]:
     "The scores of a run by checkpoint, best first."
     found = {path.stem: path for path in (Path(folder) / "short_analyses").glob("*.nc")}
-    return {name: xr.load_dataset(found[name], engine="h5netcdf") for name in (sorted(found, key=_order) if names is None else names)}
+    read = lambda path: result_file(path, lambda path: xr.load_dataset(path, engine="h5netcdf"), "delete it and run 05_short_analysis again")
+    return {name: read(found[name]) for name in (sorted(found, key=_order) if names is None else names)}
 
 # %% ../nbs/05_short_analysis.ipynb #1dd8eba9
 SQUARED = ("rmse", "band_rmse", "spread", "skill")  # averaged over starts as root mean squares
@@ -940,7 +962,7 @@ def horizon_table(results: Mapping[str, xr.Dataset], field: str = "u") -> Table:
 
 # %% ../nbs/05_short_analysis.ipynb #2b2e7035
 def _rivals(scores: xr.Dataset, name: str) -> list[str]:
-    "The forecasts to draw beside a score; a factor does not change the ACC, so damped persistence is persistence there."
+    "The forecasts to draw beside a score; a factor does not change the ACC from the mean that it damps towards, so damped persistence all but covers persistence there."
     return [f for f in forecasts_in(scores)[1:] if (name, f) != ("acc", "damped")]
 
 
@@ -958,7 +980,7 @@ def score_figure(
     interval = curve_interval(first, name, field)
     symbol, unit = field.replace("omega", "ω"), f" ({UNITS[field]})" if name in ("rmse", "mae") else ""
     top = 1.15 * max(np.nanmax(curve(first, name, field, f)) for f in ("persistence", "climatology"))
-    limits = {"legend_position": "right", "ylim": (-0.15, 1.03) if name == "acc" else (0, top)}
+    limits = {"ylim": (-0.15, 1.03) if name == "acc" else (0, top)}
     level = first.attrs["threshold"] if name == "acc" else None
     return curves(lines, "lead (time units)", f"{name.upper()} of {symbol}{unit}", bands={label: interval} if interval else {}, level=level, **(limits | axes))
 
@@ -985,7 +1007,7 @@ def strip_figure(results: Mapping[str, xr.Dataset], columns: int = 4) -> hv.Layo
     leads = first.shown_lead.values
     chosen = sorted({0, *np.linspace(0, len(leads) - 1, columns).round().astype(int).tolist()})
     titles = [f"t = {leads[i] * first.attrs['step']:.3g}" for i in chosen]
-    broken = lambda name: name.replace("_remaining_", "\n").replace("-", "\n")  # long names do not fit beside a panel
+    broken = lambda name: name.replace(" ", "\n")  # long names do not fit beside a panel
     rows = {"truth": first.omega_truth.values[chosen]} | {broken(name): scores.omega_emulator.values[chosen] for name, scores in results.items()}
     return field_strip(rows, titles, "ω (1/time)")
 
@@ -1000,9 +1022,8 @@ def spectrum_figure(
     lines = {"truth": first.truth_spectrum.sel(lead=lead).values}
     lines |= {name: scores.energy_spectrum.sel(forecast="emulator", lead=lead).values for name, scores in results.items()}
     lines["climatology"] = first.energy_spectrum.sel(forecast="climatology", lead=lead).values
-    marks = {"forcing": first.attrs["forcing_wavenumber"], "patch": first.attrs["patch_wavenumber"]}
     lines = {name: power for name, power in lines.items() if np.isfinite(power).all()}
-    return spectra(lines, "E(k) (length²/time²)", f"lead {lead * first.attrs['step']:.3g} time units", **marks, **axes)
+    return spectra(lines, "E(k) (length²/time²)", f"lead {lead * first.attrs['step']:.3g} time units", **wave_marks(first), **axes)
 
 # %% ../nbs/05_short_analysis.ipynb #5d21f725
 def band_figure(
@@ -1019,8 +1040,8 @@ def band_figure(
     lines |= {LABELS.get(f, f): (first.lead_time.values, curve(first, "band_rmse", field, f, band=band) / size) for f in drawn}
     k1, k2 = first.attrs["band_edges"]
     named = {"large": f"k ≤ {k1:.3g}", "middle": f"{k1:.3g} < k ≤ {k2:.3g}", "small": f"k > {k2:.3g}"}[band]
-    symbol = field.replace("omega", "ω")
-    return curves(lines, "lead (time units)", f"relative error of {symbol}", f"{band} scales, {named}", level=1.0, **({"legend_position": "right", "ylim": (0, 1.6)} | axes))
+    top = max(1.1, 1.1 * max(np.nanmax(values) for name, (_, values) in lines.items() if name in results or name == "persistence"))
+    return curves(lines, "lead (time units)", f"relative error of {field.replace('omega', 'ω')}", f"{band} scales, {named}", level=1.0, **({"ylim": (0, min(top, 3.0))} | axes))
 
 # %% ../nbs/05_short_analysis.ipynb #7c1c1460
 def ensemble_figure(
@@ -1063,9 +1084,9 @@ def _ceiling_words(scores: xr.Dataset) -> str:
     mine, best, last = horizons(scores)[0], horizons(scores, forecast="ceiling"), int(scores.lead[-1])
     until = _with_interval(best, last)
     if math.isinf(best[0]):
-        return f" The ceiling, the solver itself from the one-step error of {scores.attrs.get('ceiling_from', 'best')}, is not reached within {last} steps."
+        return f" The ceiling, the solver itself from the one-step error of {short_name(scores.attrs.get('ceiling_from', 'best'))}, is not reached within {last} steps."
     share = "beyond it" if math.isinf(mine) else f"{mine / best[0]:.0%} of it"
-    return f" The ceiling, the solver itself from the one-step error of {scores.attrs.get('ceiling_from', 'best')}, is at step {until}; the emulator's horizon is {share}."
+    return f" The ceiling, the solver itself from the one-step error of {short_name(scores.attrs.get('ceiling_from', 'best'))}, is at step {until}; the emulator's horizon is {share}."
 
 
 def _loss_words(scores: xr.Dataset) -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIGHER', 'PRECISION', 'TrainingConfig', 'build_data', 'build_emulator', 'build_batches', 'build_optimizer', 'Unroll',
-           'InputNoise', 'lead_scores', 'summarise', 'spread', 'Validation', 'can_roll', 'schedule_callbacks',
-           'past_one_step', 'run_callbacks', 'autocast_dtype', 'fit', 'train']
+           'InputNoise', 'lead_scores', 'summarise', 'horizon_words', 'spread', 'Validation', 'can_roll',
+           'schedule_callbacks', 'past_one_step', 'run_callbacks', 'autocast_dtype', 'fit', 'train']
 
 # %% ../nbs/02_train.ipynb #141ea6ce
 from collections.abc import Iterable
@@ -180,6 +180,11 @@ def summarise(
         "rollout_acc": correlation.mean().item(),
         "horizon": min(horizon(correlation, threshold).item(), length + 1.0),
     } | {f"acc_{lead}": correlation[lead - 1].item() for lead in leads if lead <= length}
+
+
+def horizon_words(steps: float | None, length: int) -> str | None:
+    "A horizon from `summarise` of rollouts of so many steps: 12, or > 60."
+    return None if steps is None else f"> {length}" if steps > length else f"{steps:g}"
 
 # %% ../nbs/02_train.ipynb #95f83acd
 def spread(

@@ -240,13 +240,19 @@ def _randomised(units: Tensor, fky: int, symmetry: str, parity: int, draws: int,
 
 
 @patch
-def result(self: SymmetryTest, symmetry: str = "both", draws: int = 1000, seed: int = 0) -> dict[str, Tensor]:
+def result(
+    self: SymmetryTest,
+    symmetry: str = "both",
+    draws: int = 1000,
+    seed: int = 0,
+    fewest: int = 4,  # units down to which blocks are joined
+) -> dict[str, Tensor]:
     "`asymmetry`, rms over y in the profile's units; `chance`, its 95 % point if the symmetry holds; `p_value`; `units` that decided; `mean`, `symmetric` (N,)."
     whole = [total / count for _, (count, total) in sorted(self.sums.items()) if count == self.block]
-    if len(whole) < 4:
-        raise ValueError(f"SymmetryTest: {len(whole)} whole blocks of {self.block} frames; at least 4 are needed: use shorter blocks or a longer record")
+    if len(whole) < fewest:
+        raise ValueError(f"SymmetryTest: {len(whole)} whole blocks of {self.block} frames; at least {fewest} are needed: use shorter blocks or a longer record")
     blocks, fky, best = torch.stack(whole), int(self.regime.fky), None
-    for size in (2**i for i in range(int(math.log2(len(blocks) // 4)) + 1)):
+    for size in (2**i for i in range(int(math.log2(len(blocks) // fewest)) + 1)):
         units = blocks[: len(blocks) // size * size].unflatten(0, (-1, size)).mean(1)
         seen, drawn = _randomised(units, fky, symmetry, self.parity, draws, seed)
         p = (1 + (drawn >= seen).sum()) / (draws + 1.0)
@@ -337,15 +343,21 @@ def stationarity(
         raise ValueError("a series with values that are not finite has no trend: cut it at its `blow_up_time`")
     found = [_slope(t, v) for t, v in records]
     slope, variance, freedom, memory = torch.tensor([f[:4] for f in found], dtype=torch.float64).unbind(1)
-    weight = 1 / variance.clamp(min=1e-300)
-    trend, error = float((weight * slope).sum() / weight.sum()), float(weight.sum() ** -0.5)
-    half = error * float(student(level, freedom.sum()))
+    weight = torch.stack([((t - t.mean()) ** 2).sum() for t, _ in records])
+    weight, R = weight / weight.sum(), len(records)
+    trend, parts = float((weight * slope).sum()), weight**2 * variance
+    if R >= 4:  # how the records differ tells the error, whatever they remember
+        error, freedom = float((weight**2 * (slope - trend) ** 2).sum() * R / (R - 1)) ** 0.5, R - 1.0
+    else:
+        error, freedom = float(parts.sum()) ** 0.5, float(parts.sum() ** 2 / (parts**2 / freedom).sum().clamp(min=1e-300))
+    half = error * float(student(level, torch.tensor(freedom)))
     spread = float(torch.cat([f[4] for f in found]).std(correction=0))
     span, step = sum(float(t[-1] - t[0]) for t, _ in records) / len(records), float(records[0][0][1] - records[0][0][0])
     size = float(sum(len(v) / m for (_, v), m in zip(records, memory.tolist())))
     change = trend * span / spread if spread > 0 else math.inf * trend if trend else 0.0
-    moves = abs(trend) > half and abs(change) > 1
-    return Stationarity(trend, trend - half, trend + half, change, float(memory.mean()) * step, size, "drifts" if moves else "too short" if size < 10 else "stationary")
+    moves, sure = abs(trend) > half and abs(change) > 1, R >= 4 or size >= 10 * R or abs(change) > 5
+    verdict = "drifts" if moves and sure else "too short" if moves or size < 10 else "stationary"
+    return Stationarity(trend, trend - half, trend + half, change, float(memory.mean()) * step, size, verdict)
 
 # %% ../../nbs/physics/07_budgets.ipynb #f9878813
 def blow_up_time(

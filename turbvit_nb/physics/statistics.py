@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['decorrelation_time', 'effective_size', 'record_agreement', 'mean_error', 'student', 'mean_interval',
-           'block_replicates', 'percentile_interval', 'block_bootstrap', 'block_length', 'BlockMeans',
-           'difference_interval', 'bartlett_error', 'autocorrelation_band', 'decluster', 'pooled_events',
+           'block_replicates', 'percentile_interval', 'block_bootstrap', 'block_length', 'blocks_interval',
+           'BlockMeans', 'difference_interval', 'bartlett_error', 'autocorrelation_band', 'decluster', 'pooled_events',
            'extremal_index', 'event_rate', 'event_periods', 'Gev', 'Gpd', 'fit_gev', 'fit_gpd', 'return_level',
            'gev_band', 'gpd_band']
 
@@ -18,8 +18,6 @@ import torch
 from fastcore.basics import patch
 from scipy import stats
 from torch import Tensor
-
-from .metrics import Moments
 
 # %% ../../nbs/physics/04_statistics.ipynb #97dddde1
 def _correlations(series: Tensor) -> Tensor:
@@ -208,13 +206,26 @@ def block_length(
     return max(1, min(math.ceil((3 * (slowest - 1 / slowest) ** 2 * n) ** (1 / 3)), n // 4)) if slowest > 1.4 else 1
 
 # %% ../../nbs/physics/04_statistics.ipynb #0624ed77
+def blocks_interval(
+    means: Tensor,  # (…, blocks) in time order, record by record
+    sizes: Sequence[int],  # blocks of each record
+    level: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    "Interval (low, high), each (…), of the mean of blocks: `mean_interval`, over records where each has eight blocks; with fewer than eight in all, Student's t as if they were independent."
+    n = means.shape[-1]
+    if n >= 8:
+        return mean_interval(means.split(list(sizes), -1) if min(sizes) >= 8 else means, level)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * means.std(-1) / math.sqrt(n)
+    return means.mean(-1) - half, means.mean(-1) + half
+
+# %% ../../nbs/physics/04_statistics.ipynb #09f9d479
 class BlockMeans:
-    "Streaming means of arrays over blocks of `block` frames, and the interval of the mean over all; O(grid) memory, merges."
+    "Streaming means of arrays over blocks of `block` frames, and the interval of the mean over all; keeps one array per block, merges."
 
     def __init__(self, block: int):
         if block < 1:
             raise ValueError(f"BlockMeans: a block of {block} frames is empty; give at least 1")
-        self.block, self.open, self.moments = block, {}, Moments(2)
+        self.block, self.open, self.done = block, {}, {}
 
     def update(
         self,
@@ -229,23 +240,23 @@ class BlockMeans:
                 self._join((first + low) // self.block, high - low, batch[low:high].double().sum(0))
         return self
 
-# %% ../../nbs/physics/04_statistics.ipynb #09f9d479
+# %% ../../nbs/physics/04_statistics.ipynb #9059286f
 @patch
 def _join(self: BlockMeans, number: int, count: int, total: Tensor) -> None:
-    "Let block `number` have `count` more frames that add up to `total`; a full block goes into the moments."
+    "Let block `number` have `count` more frames that add up to `total`; of a full block only the mean is kept."
     known, so_far = self.open.pop(number, (0, 0.0))
     if known + count == self.block:
-        self.moments.update(((so_far + total) / self.block)[None])
+        self.done[number] = (so_far + total) / self.block
     else:
         self.open[number] = (known + count, so_far + total)
 
-# %% ../../nbs/physics/04_statistics.ipynb #9059286f
+# %% ../../nbs/physics/04_statistics.ipynb #463ec1b2
 @patch
 def merge(self: BlockMeans, other: BlockMeans) -> BlockMeans:
     "Take in what `other` has seen of the same records, other frames; returns itself."
     if self.block != other.block:
         raise ValueError(f"BlockMeans: blocks of {self.block} and of {other.block} frames do not merge; use one length")
-    self.moments.merge(other.moments)
+    self.done |= other.done
     for number, (count, total) in other.open.items():
         self._join(number, count, total)
     return self
@@ -253,13 +264,14 @@ def merge(self: BlockMeans, other: BlockMeans) -> BlockMeans:
 
 @patch
 def result(self: BlockMeans, level: float = 0.95) -> dict[str, Tensor]:
-    "`blocks`, and `mean`, `low`, `high` of the whole blocks, each (…): Student's t on the block means. ValueError below two blocks."
-    blocks = self.moments.count
-    if blocks < 2:
-        raise ValueError(f"BlockMeans: {blocks} whole block(s) of {self.block} frames have no interval; use shorter blocks or a longer record")
-    found = self.moments.result()
-    half = stats.t.ppf((1 + level) / 2, blocks - 1) * (found["var"] / (blocks - 1)).sqrt()
-    return {"blocks": blocks, "mean": found["mean"], "low": found["mean"] - half, "high": found["mean"] + half}
+    "`blocks`, and `mean`, `low`, `high` of the whole blocks, each (…), by `blocks_interval`; a gap between their numbers parts two records. ValueError below two blocks."
+    if len(self.done) < 2:
+        raise ValueError(f"BlockMeans: {len(self.done)} whole block(s) of {self.block} frames have no interval; use shorter blocks or a longer record")
+    numbers = sorted(self.done)
+    means, breaks = torch.stack([self.done[number] for number in numbers], -1), torch.tensor(numbers).diff() > 1
+    sizes = torch.tensor([0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(numbers)]).diff().tolist()
+    low, high = blocks_interval(means, sizes, level)
+    return {"blocks": len(numbers), "mean": means.mean(-1), "low": low, "high": high}
 
 # %% ../../nbs/physics/04_statistics.ipynb #ad2d2adf
 def difference_interval(
