@@ -11,9 +11,9 @@ __all__ = ['WANTS', 'Arrays', 'DIAGNOSTICS', 'EXTREMES', 'FEWEST', 'MOST', 'PERI
            'gaps', 'side_by_side', 'climate_dataset', 'ended_early', 'climate_summary', 'histogram_of',
            'summary_distances', 'climate_distances', 'distance_intervals', 'chance_distances', 'chance_points',
            'standing', 'drifting', 'blow_ups', 'open_truth', 'truth_records', 'spacing', 'rollout_groups',
-           'frames_needed', 'fitting', 'check_settings', 'check_source', 'block_frames', 'bin_ranges', 'parts_of',
-           'take_part', 'kept_of', 'analyse_source', 'open_setting', 'setting_for', 'judged_by', 'long_analysis',
-           'read_long', 'marked', 'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure', 'eof_table',
+           'frames_needed', 'fitting', 'check_source', 'block_frames', 'bin_ranges', 'parts_of', 'take_part', 'kept_of',
+           'analyse_source', 'open_setting', 'setting_for', 'judged_by', 'long_analysis', 'read_long', 'marked',
+           'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure', 'astray', 'eof_table',
            'autocorrelation_figure', 'return_figure', 'energy_figure', 'mean_figure', 'residual_figure', 'outside',
            'climate_table', 'standing_table', 'residuals', 'unresolved', 'physics_table', 'climate_verdict']
 
@@ -1531,17 +1531,6 @@ def fitting(
             kept.append(record)
     return kept, said
 
-# %% ../nbs/06_long_analysis.ipynb #4a78f1cf
-def check_settings(config: AnalysisConfig) -> None:
-    "Raise `LabError` for a part or a level that makes no sense."
-    if config.part is not None and not (len(config.part) == 2 and 1 <= config.part[0] <= config.part[1]):
-        raise LabError(f"analysis.part = {config.part}: give [i, n], the i-th of n parts, counted from 1")
-    if config.part and config.merge:
-        raise LabError("analysis.part and analysis.merge: a job either analyses a part or merges the parts; give one of them")
-    for name in ("extreme_quantile", "level"):
-        if not 0 < getattr(config, name) < 1:
-            raise LabError(f"analysis.{name} = {getattr(config, name):g}: give a number between 0 and 1")
-
 # %% ../nbs/06_long_analysis.ipynb #15eda075
 def check_source(
     name: str,  # of the source
@@ -1701,7 +1690,6 @@ def long_analysis(run: Run) -> dict[str, xr.Dataset]:
     "The climates of the truth and of every checkpoint that has rollouts, into `long_analyses/<source>.nc`; whole results are not made again. With `analysis.part` nothing but that part's sums."
     ensure_data(run.config)
     config = analysis_settings(run)
-    check_settings(config)
     dataset = open_truth(run)
     groups = rollout_groups(Path(config.inference_dir).expanduser() if config.inference_dir else run.path / "inference", dataset.step)
     rollouts = {name: [rollout_record(r).first(config.analysis_length) for r in group] for name, group in groups.items()}
@@ -1797,6 +1785,12 @@ def eof_figure(climates: Mapping[str, xr.Dataset], mode: int = 1, **axes) -> hv.
     return curves(lines, "y", f"EOF {mode}", f"EOF {mode} of U", **axes)
 
 
+def astray(data: xr.Dataset, truth: xr.Dataset) -> np.ndarray:
+    "Which blocks of frames (block,) have a zonal flow that is further from the truth's mean than half of that is strong (root mean square over y)."
+    usual = truth.zonal_mean.sel(field="u").values
+    return np.sqrt(((data.block_zonal_mean.values - usual) ** 2).mean(-1)) > np.sqrt((usual**2).mean()) / 2
+
+
 def eof_table(climates: Mapping[str, xr.Dataset], modes: int = 3) -> Table:
     "A row per source: how much the zonal flow varies, the share of the first EOFs with their sampling errors, whether the first stands apart from the second, and how long its PC remembers."
     rows = []
@@ -1804,13 +1798,14 @@ def eof_table(climates: Mapping[str, xr.Dataset], modes: int = 3) -> Table:
         row = {"source": source}
         if "zonal_variance" in data:
             row["variance of U (length²/time²)"] = float(data.zonal_variance.sel(field="u").mean())
+            row["blocks astray"] = f"{int(astray(data, climates['truth']).sum())} of {data.sizes['block']}"
         ends = {n: [float(data[f"explained{end}"].sel(mode=n)) for end in ("", "_low", "_high")] for n in range(1, min(modes, data.sizes["mode"]) + 1)}
         row |= {f"EOF {n}": interval_text(*found) for n, found in ends.items()}
         row |= {"1 apart from 2": "yes" if ends[1][1] > ends[2][2] else "no"} if 2 in ends else {}
         records = [pc[np.isfinite(pc)] for pc in data.pc.sel(mode=1).values]
         memories = [float(decorrelation_time(pc)) for pc in records if len(pc) >= 8]
         rows.append(row | ({"memory of PC 1 (time)": float(np.mean(memories)) * _step(data)} if memories else {}))
-    return Table(rows, "How the zonal flow varies: shares of the variance with sampling errors; EOFs whose intervals overlap are mixtures of one another (North et al. 1982)")
+    return Table(rows, "How the zonal flow varies. Astray: further from the truth's mean flow than half its strength, over a block of frames. EOFs: shares of the variance with sampling errors; where the intervals of two overlap, they are mixtures of one another (North et al. 1982)")
 
 
 def _step(data: xr.Dataset) -> float:

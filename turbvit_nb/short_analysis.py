@@ -32,7 +32,7 @@ import xarray as xr
 from fastcore.basics import patch
 from torch import Tensor
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from .datasets import FIELDS, FrameDataset, check_disjoint, climatology, ensure_data, open_dataset, to_velocity
 from .inference import short_name
@@ -93,10 +93,23 @@ class AnalysisConfig(Section):
     budget: bool = True  # budgets of energy, enstrophy and zonal momentum
     symmetry: bool = True  # test of the flow's symmetries, which needs no truth
     artefact: bool = True  # power at multiples of the patch wavenumber
-    extreme_quantile: float = 0.95  # extremes are events above this quantile of the truth's per-frame extremes
-    level: float = 0.95  # of all intervals, of the short analysis as of the long one
+    extreme_quantile: float = Field(0.95, gt=0, lt=1)  # extremes are events above this quantile of the truth's per-frame extremes
+    level: float = Field(0.95, gt=0, lt=1)  # of all intervals, of the short analysis as of the long one
     part: list[int] | None = None  # [i, n]: the pass over the i-th of n parts only; a job with `merge` joins them
     merge: list[str] | None = None  # run folders that hold all the parts
+
+    @field_validator("part")
+    @classmethod
+    def _a_part(cls, part: list[int] | None) -> list[int] | None:
+        if part and not (len(part) == 2 and 1 <= part[0] <= part[1]):
+            raise ValueError("give [i, n], the i-th of n parts, counted from 1")
+        return part or None
+
+    @model_validator(mode="after")
+    def _part_or_whole(self) -> "AnalysisConfig":
+        if self.part and self.merge:
+            raise ValueError("part and merge: a job either analyses a part or merges the parts; give one of them")
+        return self
 
 # %% ../nbs/05_short_analysis.ipynb #7f05d5d2
 FORECASTS = ("emulator", "persistence", "damped", "climatology", "linear", "ceiling")
@@ -1007,7 +1020,7 @@ def strip_figure(results: Mapping[str, xr.Dataset], columns: int = 4) -> hv.Layo
     leads = first.shown_lead.values
     chosen = sorted({0, *np.linspace(0, len(leads) - 1, columns).round().astype(int).tolist()})
     titles = [f"t = {leads[i] * first.attrs['step']:.3g}" for i in chosen]
-    broken = lambda name: name.replace(" ", "\n")  # long names do not fit beside a panel
+    broken = lambda name: name if len(name) < 12 else name.replace(" ", "\n")  # long names do not fit beside a panel
     rows = {"truth": first.omega_truth.values[chosen]} | {broken(name): scores.omega_emulator.values[chosen] for name, scores in results.items()}
     return field_strip(rows, titles, "ω (1/time)")
 

@@ -121,12 +121,12 @@ def show(
 
 # %% ../../nbs/lab/05_plots.ipynb #a342cce9
 def beside(*figures) -> hv.Layout:
-    "Figures side by side, without the letters that HoloViews puts at their corners. Legends outside become one, at the last figure that has one, of all lines."
+    "Figures side by side, each with axes of its own, without the letters that HoloViews puts at their corners. Legends outside become one, at the last figure that has one, of all lines."
     outside = [i for i, figure in enumerate(figures) if hv.Store.lookup_options("matplotlib", figure, "plot").kwargs.get("legend_position") == "right"]
     shown = [figure.opts(show_legend=False) if i in outside[:-1] else figure for i, figure in enumerate(figures)]
     if len(outside) > 1:
         shown[outside[-1]] = _with_entries(figures[outside[-1]], [part for i in outside[:-1] for part in figures[i]])
-    return hv.Layout(shown).opts(sublabel_format="", tight=True)
+    return hv.Layout(shown).opts(sublabel_format="", tight=True, shared_axes=False)
 
 
 def _with_entries(figure: hv.Overlay, others: Sequence) -> hv.Overlay:
@@ -291,7 +291,7 @@ def field_map(
 
 # %% ../../nbs/lab/05_plots.ipynb #1364f800
 def _ticks(named: bool, last: bool) -> list[tuple[float, str]]:
-    "Ticks at 0, π and 2π, with their names if `named`; 2π only on the `last` panel, where it has room."
+    "Ticks at 0, π and 2π, with their names if `named`; 2π only on the `last` panel (of a column the top one), where it has room."
     return [(x, name if named and (last or x < 6) else "") for x, name in _PI_TICKS]
 
 # %% ../../nbs/lab/05_plots.ipynb #4b19e8bd
@@ -317,7 +317,7 @@ def field_strip(
                     xlabel="x" if bottom else "",
                     ylabel=source if left else "",
                     xticks=_ticks(bottom, right),
-                    yticks=_ticks(left, True),
+                    yticks=_ticks(left, top),
                 )
             )
     return hv.Layout(panels).cols(len(columns)).opts(fig_inches=inches, sublabel_format="", hspace=0.08, vspace=0.08, tight=False)
