@@ -225,8 +225,14 @@ def forecast_table(entries: Sequence[Entry], leads: Sequence[int]) -> Table:
 def climate_table(entries: Sequence[Entry]) -> Table:
     "Distances of each model's climate from the true one with intervals, below what chance makes of the truth; and the bias of energy and enstrophy."
     known = [entry for entry in entries if entry.climate is not None and entry.truth is not None]
-    chance = {name: value for name, value in chance_points(known[0].truth, known[0].climate).items() if name.split()[0] not in BUDGETED} if known else {}
-    rows = [{"": "truth against truth", "record": state_of(known[0].truth)} | {name: f"< {value:.2g}" for name, value in chance.items()}] if known else []
+    rows, alike = [], {}
+    for entry in known:  # records of other lengths, or another truth, have another chance
+        length = tuple(data.sizes["block"] * data.attrs.get("block_frames", 1) for data in (entry.truth, entry.climate))
+        alike.setdefault((*length, float(entry.truth.energy.mean())), []).append(entry)
+    for some in alike.values():
+        label = "truth against truth" + f", for {', '.join(entry.label for entry in some)}" * (len(alike) > 1)
+        chance = {name: f"< {value:.2g}" for name, value in chance_points(some[0].truth, some[0].climate).items() if name.split()[0] not in BUDGETED}
+        rows.append({"": label, "record": state_of(some[0].truth)} | chance)
     for entry in known:
         intervals, found = distance_intervals(entry.climate, entry.truth), climate_distances(entry.climate, entry.truth)
         cells = {name: interval_text(value, *intervals.get(name, (math.nan, math.nan))) for name, value in found.items() if name.split()[0] not in BUDGETED}

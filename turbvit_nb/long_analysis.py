@@ -1076,7 +1076,7 @@ def switched_on(config: AnalysisConfig) -> list[str]:
 
 
 def _finite_frames(given: Tensor) -> int:
-    "How many frames of (n, …) come before the first that is not finite, or whose sum of squares is not."
+    "How many frames of (n, …) come before the first that is not finite, or so large that its sum of squares is not."
     if torch.isfinite(torch.linalg.vector_norm(given)):
         return len(given)
     finite = torch.isfinite(torch.linalg.vector_norm(given.flatten(1), dim=1))

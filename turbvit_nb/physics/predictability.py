@@ -153,7 +153,7 @@ def pod(
 ) -> tuple[Tensor, Tensor]:
     "Orthonormal modes (r, 2, N, N), float32, and the fraction of the snapshots' energy that each carries (r,)."
     flat = snapshots.flatten(1)
-    gram = (flat @ flat.T).double()
+    gram = sum(part.double() @ part.double().T for part in flat.split(2**14, 1))  # rounded to single precision, weak modes would not be orthogonal
     variances, vectors = torch.linalg.eigh(gram)
     good = (variances > 1e-7 * variances[-1]).sum().clamp(max=modes)
     variances, vectors = variances.flip(0)[:good], vectors.flip(1)[:, :good]
