@@ -32,7 +32,7 @@ from .lab.plots import DIVERGING, looks, shared_limit, show
 from .lab.progress import note
 from .lab.runs import Run, atomic, open_run
 from .physics.spectral import Grid
-from .short_analysis import LABELS, UNITS, curve, curve_interval, horizons, read_short, short_analysis, strip_figure
+from .short_analysis import LABELS, UNITS, curve, curve_interval, horizons, read_short, short_analysis, strip_figure, wave_marks
 from .train import train
 
 # %% ../nbs/08_explore.ipynb #ec0f36ba
@@ -93,7 +93,7 @@ def entry(
     "Everything the page shows of one checkpoint; `truth` holds the true fields."
     truth, omega = (drawable(scores[name].values, side) for name in ("omega_truth", "omega_emulator"))
     about = {"run": run, "checkpoint": checkpoint, "label": f"{run} · {short_name(checkpoint)}", "starts": scores.sizes["start"]}
-    about |= {name: float(scores.attrs[name]) for name in ("step", "threshold", "forcing_wavenumber", "patch_wavenumber")}
+    about |= {name: float(scores.attrs[name]) for name in ("step", "threshold")} | {f"{name}_wavenumber": k for name, k in wave_marks(scores).items()}
     fields = {"N": truth.shape[-1], "limit": shared_limit([truth]), "truth": quantise(truth), "omega": quantise(omega), "error": quantise(omega - truth)}
     horizon = {field: horizons(scores, field) for field in scores.field.values.tolist()}
     times = {"leads": scores.shown_lead.values.astype(np.int32), "lead_time": np.float32(scores.lead_time.values)}
@@ -257,7 +257,7 @@ spectra.beside.data = other ? shells(other, 'forecast', near.indexOf(Math.min(..
 const truth = spectra.truth.data.y
 spectrum_y.setv({start: 0.3 * Math.min(...truth.filter(isFinite)), end: 4 * peak})
 spectrum_x.setv({start: 0.9, end: 1.1 * truth.length})
-for (const [name, k] of [['forcing', shown.forcing_wavenumber], ['patch', shown.patch_wavenumber]]) {
+for (const [name, k] of [['forcing', shown.forcing_wavenumber], ['patch', shown.patch_wavenumber], ['cutoff', shown.cutoff_wavenumber]]) {
   marks[name][0].setv({location: k, visible: k > 0})
   marks[name][1].setv({x: k, visible: k > 0})
 }
@@ -355,7 +355,7 @@ def curve_row(baselines: Sequence[str]) -> tuple[Model, dict]:
     band, threshold = ColumnDataSource({"x": [], "low": [], "high": []}), Span(dimension="width", line_color="#999999", line_dash="dashed")
     right.varea("x", "low", "high", source=band, color=right.renderers[0].glyph.line_color, alpha=0.15)
     right.add_layout(threshold)
-    marks = {"forcing": mark(left, "forcing"), "patch": mark(left, "patch"), "lead": mark(right, "this lead")}
+    marks = {"forcing": mark(left, "forcing"), "patch": mark(left, "patch"), "cutoff": mark(left, "cutoff"), "lead": mark(right, "this lead")}
     names = {"spectra": spectra, "curves": curves, "band": band, "threshold": threshold, "marks": marks, "baselines": list(baselines), "score_axis": right.yaxis[0]}
     names |= {"spectrum_items": named(left), "score_items": named(right)}
     ranges = {"spectrum_x": left.x_range, "spectrum_y": left.y_range, "score_x": right.x_range, "score_y": right.y_range}
