@@ -1,4 +1,4 @@
-"""False alarms of the long analysis: how often is a climate of one flow "farther from the truth than chance explains"?
+"""False alarms of the long analysis: how often is a climate of one flow "farther from the truth than chance explains", or its extremes not the truth's?
 
     python benchmarks/bench_verdict.py [--NX 32] [--Re 200] [--groups 12] [--records 4] [--time 400]
 
@@ -12,11 +12,13 @@ import torch
 import xarray as xr
 
 from fields import independent_flows
-from turbvit_nb.long_analysis import Diagnostic, Record, Setting, accumulate, array_record, bin_ranges, block_frames, chance_points, climate_dataset, climate_distances, judged_by
+from turbvit_nb.long_analysis import (
+    EXTREMES, Diagnostic, Record, Setting, accumulate, array_record, bin_ranges, block_frames, chance_points, climate_dataset, climate_distances, extreme_words, judged_by,
+)
 from turbvit_nb.physics.py2d import Regime
 from turbvit_nb.short_analysis import AnalysisConfig
 
-NAMES = ["energetics", "spectra", "PDF_U", "PDF_Omega", "zonal_mean", "symmetry"]
+NAMES = ["energetics", "spectra", "PDF_U", "PDF_Omega", "zonal_mean", "symmetry", "return_period"]
 
 
 def climate_of(kept: dict[str, Diagnostic], records: list[Record], setting: Setting) -> xr.Dataset:
@@ -49,13 +51,17 @@ def main() -> None:
         for j in range(len(groups)):
             if i == j:
                 continue
-            for name, value in climate_distances(climate_of(kept[j], groups[j], judged_by(setting, true)), true).items():
+            other = climate_of(kept[j], groups[j], judged_by(setting, true))
+            for name, value in climate_distances(other, true).items():
                 alarms.setdefault(name, []).append((i, value > chance[name], value / chance[name]))
+            told = extreme_words(other, true)
+            for name in EXTREMES:
+                alarms.setdefault(name, []).append((i, any(words.startswith(name.replace("omega", "ω")) for words in told), np.nan))
     print(f"{len(groups)} groups of {args.records} records of {args.time:g} time units; share of the pairs beyond chance, ± its error over the truths; median distance over the point")
     for name, found in alarms.items():
         truths, beyond, ratio = map(np.array, zip(*found))
         each = np.array([beyond[truths == i].mean() for i in range(len(groups))])
-        print(f"{name:>22} {100 * beyond.mean():5.1f} % ± {100 * each.std(ddof=1) / len(each)**0.5:.1f}   {np.median(ratio):.2f}")
+        print(f"{name:>22} {100 * beyond.mean():5.1f} % ± {100 * each.std(ddof=1) / len(each)**0.5:.1f}   " + (f"{np.median(ratio):.2f}" if np.isfinite(ratio).all() else ""))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ __all__ = ['WANTS', 'Arrays', 'DIAGNOSTICS', 'EXTREMES', 'FEWEST', 'MOST', 'PERI
            'analyse_source', 'open_setting', 'setting_for', 'judged_by', 'long_analysis', 'read_long', 'marked',
            'spectrum_figure', 'pdf_figure', 'zonal_figure', 'eof_figure', 'astray', 'eof_table',
            'autocorrelation_figure', 'return_figure', 'energy_figure', 'mean_figure', 'residual_figure', 'outside',
-           'climate_table', 'standing_table', 'residuals', 'unresolved', 'physics_table', 'climate_verdict']
+           'climate_table', 'standing_table', 'residuals', 'unresolved', 'physics_table', 'extreme_words',
+           'climate_verdict']
 
 # %% ../nbs/06_long_analysis.ipynb #0a0d063c
 import json
@@ -1947,7 +1948,7 @@ def physics_table(climates: Mapping[str, xr.Dataset]) -> Table:
     return Table(rows, "Does it obey the physics? Only the second row needs the truth: what is missing there is missing in a model of those waves, however good")
 
 # %% ../nbs/06_long_analysis.ipynb #e4e5f670
-def _extreme_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
+def extreme_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
     "The return levels, of events that each record holds ten times, whose intervals do not reach each other's, after those of the truth."
     if any("gpd_level" not in climate for climate in (data, truth)):
         return []
@@ -1992,7 +1993,7 @@ def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
         cut = [f"; {what}" for what in blow_ups(data, truth)]
         cut += [f"; a record ends early: {what}" for what in json.loads(data.attrs.get("ended_early", "[]"))]
         cut += [f"; left out, so this is the climate of the other rollouts only: {what}" for what in json.loads(data.attrs.get("left_out", "[]"))]
-        storms, budgets = _extreme_words(data, truth), _budget_words(data, truth)
+        storms, budgets = extreme_words(data, truth), _budget_words(data, truth)
         more = f" Its extremes are not the truth's: {'; '.join(storms)}." if storms else ""
         more += f" Its budgets do not close, in parts of their largest term: {'; '.join(budgets)}." if budgets else ""
         sentences.append(f"{short_name(source)}: {told}{moving}{''.join(cut)}.{more}")
