@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BUDGETED', 'CompareConfig', 'compared_folders', 'compare_settings', 'Entry', 'cost', 'gather', 'series',
-           'climate_bias', 'state_of', 'distance_gaps', 'row', 'steps_in_words', 'horizon_in_words', 'forecast_table',
-           'climate_table', 'percent', 'control_of', 'same_starts', 'Paired', 'paired', 'difference_curve',
-           'horizon_difference', 'difference_in_words', 'in_brackets', 'forecast_effect', 'climate_effect',
-           'pruning_verdict', 'longest_horizon', 'caveats', 'verdict', 'marked', 'skill_figure', 'pruning_figure',
-           'climate_figure', 'horizon_figure', 'bias_figure', 'difference_figure', 'differences', 'difference_table',
+           'climate_bias', 'state_of', 'distance_gaps', 'row', 'horizon_in_words', 'forecast_table', 'climate_table',
+           'percent', 'control_of', 'same_starts', 'Paired', 'paired', 'difference_curve', 'horizon_difference',
+           'difference_in_words', 'in_brackets', 'forecast_effect', 'climate_effect', 'pruning_verdict',
+           'longest_horizon', 'caveats', 'verdict', 'marked', 'skill_figure', 'pruning_figure', 'climate_figure',
+           'horizon_figure', 'bias_figure', 'difference_figure', 'differences', 'difference_table',
            'comparison_dataset', 'compare']
 
 # %% ../nbs/07_compare.ipynb #6b63a40c
@@ -38,7 +38,7 @@ from .prune import prune
 from .physics.metrics import horizon
 from .physics.statistics import block_length, block_replicates, difference_interval, percentile_interval
 from .short_analysis import UNITS, curve, forecasts_in, horizons, read_short, short_analysis, wave_marks
-from .train import train
+from .train import horizon_words, train
 
 # %% ../nbs/07_compare.ipynb #e328d20f
 class CompareConfig(Section):
@@ -199,14 +199,9 @@ def row(
     return out | _climate_columns(entry)
 
 # %% ../nbs/07_compare.ipynb #f495ca97
-def steps_in_words(steps: float, last: int) -> str:
-    "A horizon: its step, > the last lead, or ? where it is not known."
-    return "?" if math.isnan(steps) else f"> {last}" if math.isinf(steps) else f"{steps:.0f}"
-
-
 def horizon_in_words(scores: xr.Dataset, field: str = "u") -> str:
     "A horizon in steps and its interval: 22 [19, 26]."
-    middle, low, high = (steps_in_words(steps, int(scores.lead[-1])) for steps in horizons(scores, field))
+    middle, low, high = (horizon_words(steps, int(scores.lead[-1])) for steps in horizons(scores, field))
     return middle if "?" in (low, high) else f"{middle} [{low}, {high}]"
 
 # %% ../nbs/07_compare.ipynb #2222ebb4

@@ -46,7 +46,7 @@ from torch import Tensor
 from .datasets import FrameDataset, check_disjoint, climatology, ensure_data, open_dataset
 from .inference import Rollout, infer, open_rollout, short_name
 from .lab.config import LabError, run_folder
-from .lab.plots import Table, beside, curves, field_strip, hovmoller, interval_text, looks, show, spectra
+from .lab.plots import Table, beside, curves, drawn_over, field_strip, hovmoller, interval_text, looks, show, spectra
 from .lab.progress import Meter, note
 from .lab.runs import Run, atomic, earlier, open_run, result_file
 from turbvit_nb.physics.budgets import (
@@ -62,7 +62,7 @@ from turbvit_nb.physics.statistics import (
     blocks_interval, gev_band, gpd_band, mean_interval, percentile_interval, pooled_events,
 )
 from .physics.sums import PointSums, ProductSums, WaveSums
-from .short_analysis import AnalysisConfig, analysis_settings, climate_section, marked_wavenumbers, scored_section, wave_marks
+from .short_analysis import AnalysisConfig, analysis_settings, climate_section, marked_wavenumbers, read_netcdf, scored_section, wave_marks
 from .train import train
 
 # %% ../nbs/06_long_analysis.ipynb #8ae11e51
@@ -211,18 +211,26 @@ class Piece:
         "u or v (n, N, N)."
         return _to_grid(self.omega_hat * self._factor(name)) if self.velocity is None else self.velocity[:, "uv".index(name)]
 
-    def waves(self, name: str) -> Tensor:
-        "Coefficients (n, N, N/2+1), unscaled, of ω; or of u, v or the divergence where u and v were read."
-        if name in ("u", "v"):
-            return self.coefficients[:, "uv".index(name)]
-        return self.omega_hat if name == "omega" else self._combined(name)
+# %% ../nbs/06_long_analysis.ipynb #98809985
+@patch
+def waves(self: Piece, name: str) -> Tensor:
+    "Coefficients (n, N, N/2+1), unscaled, of ω; or of u, v or the divergence where u and v were read."
+    if name in ("u", "v"):
+        return self.coefficients[:, "uv".index(name)]
+    return self.omega_hat if name == "omega" else self._combined(name)
 
-    def _factor(self, name: str) -> Tensor:
-        return _factors(self.given.shape[-1], self.given.dtype)[name]
 
-    def _combined(self, name: str) -> Tensor:
-        (a, b), (u, v) = self._factor(name), self.coefficients.unbind(1)
-        return (a * u).addcmul_(b, v)
+@patch
+def _factor(self: Piece, name: str) -> Tensor:
+    "One of `_factors`, in the precision of the frames."
+    return _factors(self.given.shape[-1], self.given.dtype)[name]
+
+
+@patch
+def _combined(self: Piece, name: str) -> Tensor:
+    "Coefficients of ω or of the divergence from those of a velocity."
+    (a, b), (u, v) = self._factor(name), self.coefficients.unbind(1)
+    return (a * u).addcmul_(b, v)
 
 # %% ../nbs/06_long_analysis.ipynb #9744b573
 WANTS = ("omega", "velocity", "divergence")
@@ -233,7 +241,7 @@ def _wave_weights(N: int, name: str) -> np.ndarray:
     "Weights (k, N·(N/2+1)) of ½⟨x²⟩ and, for ω, of ½⟨|∇ω|²⟩ and ½⟨u² + v²⟩."
     return np.stack([_weights(N)[kind] / 2 for kind in ("square", "gradient", "velocity")[: 3 if name == "omega" else 1]])
 
-
+# %% ../nbs/06_long_analysis.ipynb #97f795af
 class Frames:
     "What is known of consecutive frames of a record: the sums over all, and what `row` gives of every frame. `take` adds a piece."
 
@@ -253,7 +261,7 @@ class Frames:
         spectra = {"omega", *self.given} | ({"divergence"} & {*wants} if like.velocity is not None else set())
         points = [name for name, want in (("u", "velocity"), ("omega", "omega")) if want in wants]
         self.waves = {name: WaveSums(_wave_weights(self.side, name)) for name in sorted(spectra)}
-        self.points = {name: PointSums(self.side**2, (bins or {}).get(name), (climate or {}).get(name)) for name in points}
+        self.points = {name: PointSums(self.side**2, (bins or {}).get(name), climate[name].astype(self.dtype, copy=False) if climate and name in climate else None) for name in points}
         self.products = ProductSums(self.side)
         self.rows: dict[str, list] = {}
 
@@ -384,7 +392,7 @@ def looked_for(self: Setting) -> dict[str, dict]:
     climate = {} if self.climate is None else {name: self.climate[i].flatten().numpy() for name, i in (("u", 0), ("omega", 2))}
     return {"bins": bins, "climate": climate}
 
-
+# %% ../nbs/06_long_analysis.ipynb #73b3c43c
 Arrays = dict[str, tuple]  # name: (dims, values, attributes)
 DIAGNOSTICS: dict[str, type["Diagnostic"]] = {}
 
@@ -1098,12 +1106,12 @@ def frames_of(
 ) -> Iterator[Frames]:
     "The record in stretches; ends at the first frame that is not finite."
     wants, looks = {want for one in diagnostics for want in one.wants}, [one for one in diagnostics if type(one).look is not Diagnostic.look]
-    start, end = span or (0, len(record))
+    (start, end), size, looked_for = span or (0, len(record)), max(1, points // record.side**2), setting.looked_for
     while start < end:
         block = start // setting.block
         stop, frames = min(start + STRETCH, end, (block + 1) * setting.block), None
-        for piece in _pieces(record, start, stop, max(1, points // record.side**2)):
-            frames = frames or Frames(number, record.times[start:stop], piece, start, block, wants, **setting.looked_for)
+        for piece in _pieces(record, start, stop, size):
+            frames = frames or Frames(number, record.times[start:stop], piece, start, block, wants, **looked_for)
             frames.take(piece)
             for one in looks:
                 one.look(piece, frames.key)
@@ -1113,7 +1121,7 @@ def frames_of(
             yield frames
         start, end = stop, end if frames and len(frames) == stop - start else start
 
-
+# %% ../nbs/06_long_analysis.ipynb #13aec9f8
 def _pieces(record: Record, start: int, stop: int, size: int) -> Iterator[Piece]:
     "The frames from `start` to `stop`, or to the first that is not finite."
     for a in range(start, stop, size):
@@ -1612,11 +1620,17 @@ def parts_of(
     return [part for part, _ in parts], {about for _, about in parts}
 
 
+def _part_about(path: Path) -> str:
+    "What a part says it is one of; nothing else of it is read."
+    with np.load(path) as kept:
+        return str(kept["about"])
+
+
 def take_part(run: Run, name: str, records: Sequence[Record], setting: Setting) -> None:
     "Analyse a part of a source and write what was kept to `long_analyses/parts/<source>.<i>of<n>.npz`; not again if it is there."
     i, n = setting.config.part
     target, made_from = run.path / "long_analyses" / "parts" / f"{name}.{i}of{n}.npz", _part_made_from(run, records, setting)
-    if earlier(target, lambda path: read_kept(path, setting)[1]) == made_from:
+    if earlier(target, _part_about) == made_from:
         return
     save_kept(target, side_by_side(records, setting, (i, n), desc=f"{name}, part {i} of {n}"), made_from)
 
@@ -1641,7 +1655,7 @@ def analyse_source(
     "The climate of a source, written to `long_analyses/<name>.nc`; read from there if it was made from the same things."
     target, made_from = run.path / "long_analyses" / f"{name}.nc", _made_from(run, records, setting)
     target.parent.mkdir(exist_ok=True)
-    old = earlier(target, lambda path: xr.load_dataset(path, engine="h5netcdf"))
+    old = earlier(target, read_netcdf)
     if old is not None and old.attrs.get("made_from") == made_from:
         return old
     data = climate_dataset(kept_of(run, name, records, setting), records)
@@ -1735,7 +1749,7 @@ def read_long(folder: Path) -> dict[str, xr.Dataset]:
     "The climates of a run by source: the truth first, then best, then pruning stages."
     found = {path.stem: path for path in (Path(folder) / "long_analyses").glob("*.nc")}
     order = sorted(found, key=lambda name: (name != "truth", name != "best", len(name.split("_")[0]), name))
-    return {name: result_file(found[name], lambda path: xr.load_dataset(path, engine="h5netcdf"), "delete it and run 06_long_analysis again") for name in order}
+    return {name: result_file(found[name], read_netcdf, "delete it and run 06_long_analysis again") for name in order}
 
 
 
@@ -1775,7 +1789,7 @@ def zonal_figure(climates: Mapping[str, xr.Dataset], **axes) -> hv.Overlay:
     lines = {source: (data.y.values, data.zonal_mean.sel(field="u").values) for source, data in climates.items()}
     return curves(lines, "y", "U (length/time)", "mean zonal flow", bands=_bands(climates, "zonal_mean", field="u"), **axes)
 
-
+# %% ../nbs/06_long_analysis.ipynb #14b1f119
 def eof_figure(climates: Mapping[str, xr.Dataset], mode: int = 1, **axes) -> hv.Overlay:
     "One EOF of every source with the variance it explains, signs turned to agree with the first source."
     climates = marked(climates)
@@ -1814,13 +1828,18 @@ def _step(data: xr.Dataset) -> float:
     return float(np.nanmedian(np.diff(data.time.values))) if data.sizes["frame"] > 1 else math.nan
 
 
+def _duration(data: xr.Dataset) -> float:
+    "Time of all records together."
+    return float(np.isfinite(data.energy.values).sum()) * _step(data)
+
+# %% ../nbs/06_long_analysis.ipynb #2866f6e0
 def autocorrelation_figure(climates: Mapping[str, xr.Dataset], mode: int = 1, **axes) -> hv.Overlay:
     "Autocorrelation of a principal component against lag time, with its band."
     climates = marked(climates)
     lines = {source: (data.lag_time.values, data.pc_autocorrelation.sel(mode=mode).values) for source, data in climates.items()}
     return curves(lines, "lag (time)", f"autocorrelation of PC {mode}", level=0.0, bands=_bands(climates, "pc_autocorrelation", mode=mode), **axes)
 
-# %% ../nbs/06_long_analysis.ipynb #14b1f119
+# %% ../nbs/06_long_analysis.ipynb #a654e18f
 def return_figure(climates: Mapping[str, xr.Dataset], extreme: str = "largest omega", prefix: str = "", **axes) -> hv.Overlay:
     "Events and, by the Pareto fit with its band, the return levels of an extreme: solid as far as the records reach, dotted beyond. Where there is no fit, the events alone are joined."
     lines, bands, beyond, events = {}, {}, {}, {}
@@ -1832,7 +1851,7 @@ def return_figure(climates: Mapping[str, xr.Dataset], extreme: str = "largest om
             continue
         lines[source] = seen
         if np.isfinite(level).any():
-            long = period > np.isfinite(data.energy.values).sum() * _step(data)
+            long = period > _duration(data)
             lines[source], bands[source], events[source] = (period, np.where(long, np.nan, level)), tuple(fit[f"{prefix}gpd_level_{end}"].values for end in ("low", "high")), seen
             beyond[source] = period, np.where(long | np.append(long[1:], False), level, np.nan)
     anomaly, units = " (anomaly)" if prefix else "", "1/time" if "omega" in extreme else "length/time"
@@ -1841,7 +1860,7 @@ def return_figure(climates: Mapping[str, xr.Dataset], extreme: str = "largest om
     vertical = next(part for part in figure if isinstance(part, hv.Curve)).vdims
     more = [hv.Curve(line, names, vertical).opts(**style[source] | {"linestyle": ":"}) for source, line in beyond.items()]
     more += [hv.Scatter(seen, names, vertical).opts(color=style[source]["color"], s=6, alpha=0.6) for source, seen in events.items()]
-    return hv.Overlay([*figure, *more]).opts(**hv.Store.lookup_options("matplotlib", figure, "plot").kwargs)
+    return drawn_over(figure, more)
 
 
 def energy_figure(climates: Mapping[str, xr.Dataset], name: str = "energy", points: int = 200, **axes) -> hv.Overlay:
@@ -1907,13 +1926,18 @@ def standing_table(climates: Mapping[str, xr.Dataset]) -> Table:
     return Table(rows, "Is there a climate at all? Trends of energy and enstrophy [99 % interval]; a drift is one that the interval tells from none and that exceeds one standard deviation over a record")
 
 # %% ../nbs/06_long_analysis.ipynb #ae4ed4ed
+def _largest_term(data: xr.Dataset, name: str) -> float:
+    "The largest term of the budget of energy or enstrophy, without its sign."
+    return float(abs(data[f"{name}_budget"].sel({f"{name}_term": list(TERMS[name])})).max())
+
+
 def residuals(data: xr.Dataset) -> dict[str, tuple[float, float, float]]:
     "What the budgets of energy and enstrophy leave over, relative to their largest term, with the interval."
     found = {}
     for name in ("energy", "enstrophy"):
         if f"{name}_budget" in data:
             ends = [float(data[f"{name}_budget{end}"].sel({f"{name}_term": "residual"})) for end in ("", "_low", "_high")]
-            scale = float(abs(data[f"{name}_budget"].sel({f"{name}_term": list(TERMS[name])})).max())
+            scale = _largest_term(data, name)
             found[name] = tuple(end / scale if scale else math.nan for end in ends)
     return found
 
@@ -1927,7 +1951,7 @@ def unresolved(truth: xr.Dataset, cutoff: float) -> dict[str, float]:
     for name, powers in (("energy", {"drag": 0, "viscosity": 1}), ("enstrophy", {"drag": 1, "viscosity": 2})):
         terms = truth[f"{name}_budget"]
         lost = sum(float(terms.sel({f"{name}_term": term})) * beyond(power) for term, power in powers.items())
-        found[name] = (lost + float(terms.sel({f"{name}_term": "residual"}))) / float(abs(terms.sel({f"{name}_term": list(TERMS[name])})).max())
+        found[name] = (lost + float(terms.sel({f"{name}_term": "residual"}))) / _largest_term(truth, name)
     return found
 
 # %% ../nbs/06_long_analysis.ipynb #7569c722
@@ -1952,7 +1976,7 @@ def extreme_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
     "The return levels, of events that each record holds ten times, whose intervals do not reach each other's, after those of the truth."
     if any("gpd_level" not in climate for climate in (data, truth)):
         return []
-    duration, told = min(float(np.isfinite(climate.energy.values).sum()) * _step(climate) for climate in (data, truth)), []
+    duration, told = min(_duration(climate) for climate in (data, truth)), []
     for extreme in EXTREMES:
         mine, theirs = ({end: climate[f"gpd_level{end}"].sel(extreme=extreme) for end in ("", "_low", "_high")} for climate in (data, truth))
         known = np.isfinite(mine[""].values + theirs[""].values) & (PERIODS <= duration / 10)
@@ -1976,7 +2000,7 @@ def _budget_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
             told.append(f"{name} {interval_text(100 * value, 100 * low, 100 * high, '+')} %{because}")
     return told
 
-
+# %% ../nbs/06_long_analysis.ipynb #ed7d61f5
 def climate_verdict(climates: Mapping[str, xr.Dataset]) -> list[str]:
     "Some sentences per source: whether it stands still, which of its distances chance alone would hardly make, and where its extremes and its budgets go wrong."
     truth, sentences = climates["truth"], []

@@ -10,9 +10,9 @@ __all__ = ['FORECASTS', 'LABELS', 'UNITS', 'BANDS', 'HISTORY', 'GROUP', 'READ', 
            'score_emulator', 'one_step_error', 'training_stretches', 'Fits', 'fit_baselines', 'baseline_fits',
            'integrable', 'twin_states', 'baseline_states', 'truth_scores', 'score_baselines', 'flow_exponent',
            'ensemble_states', 'score_members', 'score_ensemble', 'checkpoint_names', 'find_checkpoints',
-           'checkpoint_files', 'shown_leads', 'example_fields', 'described', 'checkpoint_scores', 'marked_wavenumbers',
-           'wave_marks', 'short_analysis', 'read_short', 'curve', 'start_block', 'curve_interval', 'horizons',
-           'forecasts_in', 'beaten_until', 'summary_row', 'summary_table', 'horizon_table', 'score_figure',
+           'checkpoint_files', 'shown_leads', 'example_fields', 'described', 'read_netcdf', 'checkpoint_scores',
+           'marked_wavenumbers', 'wave_marks', 'short_analysis', 'read_short', 'curve', 'start_block', 'curve_interval',
+           'horizons', 'forecasts_in', 'beaten_until', 'summary_row', 'summary_table', 'horizon_table', 'score_figure',
            'horizon_figure', 'strip_figure', 'spectrum_figure', 'band_figure', 'ensemble_figure', 'verdict',
            'flow_words']
 
@@ -24,16 +24,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from typing import Annotated
 
 import holoviews as hv
 import numpy as np
 import torch
 import xarray as xr
 from fastcore.basics import patch
+from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
-from pydantic import Field, field_validator, model_validator
-
+# %% ../nbs/05_short_analysis.ipynb #9a436c9e
 from .datasets import FIELDS, FrameDataset, check_disjoint, climatology, ensure_data, open_dataset, to_velocity
 from .inference import short_name
 from .lab.config import LabError, Section
@@ -62,6 +63,20 @@ from .physics.statistics import block_bootstrap, block_length
 from .train import train
 
 # %% ../nbs/05_short_analysis.ipynb #ccc1d1d3
+def _a_part(part: list[int] | None) -> list[int] | None:
+    "Two numbers, or None for none."
+    if part and not (len(part) == 2 and 1 <= part[0] <= part[1]):
+        raise ValueError("give [i, n], the i-th of n parts, counted from 1")
+    return part or None
+
+
+def _part_or_whole(merge: list[str] | None, given: ValidationInfo) -> list[str] | None:
+    "Not beside a part."
+    if merge and given.data.get("part"):
+        raise ValueError("part and merge: a job either analyses a part or merges the parts; give one of them")
+    return merge
+
+# %% ../nbs/05_short_analysis.ipynb #1f753d27
 class AnalysisConfig(Section):
     "The [analysis] section: the short analysis (`max_leadtime` to `perturbation`), the long one (the rest), and `level` of both."
 
@@ -95,21 +110,8 @@ class AnalysisConfig(Section):
     artefact: bool = True  # power at multiples of the patch wavenumber
     extreme_quantile: float = Field(0.95, gt=0, lt=1)  # extremes are events above this quantile of the truth's per-frame extremes
     level: float = Field(0.95, gt=0, lt=1)  # of all intervals, of the short analysis as of the long one
-    part: list[int] | None = None  # [i, n]: the pass over the i-th of n parts only; a job with `merge` joins them
-    merge: list[str] | None = None  # run folders that hold all the parts
-
-    @field_validator("part")
-    @classmethod
-    def _a_part(cls, part: list[int] | None) -> list[int] | None:
-        if part and not (len(part) == 2 and 1 <= part[0] <= part[1]):
-            raise ValueError("give [i, n], the i-th of n parts, counted from 1")
-        return part or None
-
-    @model_validator(mode="after")
-    def _part_or_whole(self) -> "AnalysisConfig":
-        if self.part and self.merge:
-            raise ValueError("part and merge: a job either analyses a part or merges the parts; give one of them")
-        return self
+    part: Annotated[list[int] | None, AfterValidator(_a_part)] = None  # [i, n]: the pass over the i-th of n parts only; a job with `merge` joins them
+    merge: Annotated[list[str] | None, AfterValidator(_part_or_whole)] = None  # run folders that hold all the parts
 
 # %% ../nbs/05_short_analysis.ipynb #7f05d5d2
 FORECASTS = ("emulator", "persistence", "damped", "climatology", "linear", "ceiling")
@@ -472,7 +474,8 @@ def baseline_fits(run: Run) -> Fits:
         kept |= {"modes": linear.modes, "matrices": linear.matrices, "rest": linear.damping} if linear else {}
         with atomic(target) as part:
             np.savez(part, made_from=np.array(asked), **{name: value.numpy() for name, value in kept.items()})
-    held = {name: torch.from_numpy(value) for name, value in _arrays(target).items() if name != "made_from"}
+        held = _arrays(target)
+    held = {name: torch.from_numpy(value) for name, value in held.items() if name != "made_from"}
     linear = LinearForecast(held["mean"], held["modes"], held["matrices"], held["rest"]) if settings.linear else None
     return Fits(held["climate"], DampedPersistence(held["mean"], held["damping"]), linear)
 
@@ -537,14 +540,16 @@ def score_baselines(
 ) -> xr.Dataset:
     "Scores of every forecast but the emulator's, and of the truth, from `baselines/scores.nc` if it is there and was made from the same things."
     target, asked = run.path / "baselines" / "scores.nc", _fingerprint(run, checkpoint, starts.dataset.num_frames)
-    if not _up_to_date(target, asked):
+    scores = _up_to_date(target, asked)
+    if scores is None:
         spectrum = _ceiling_spectrum(run, starts, checkpoint)
         made = baseline_states(starts, fits, spectrum)
         parts = [score_forecast(starts, name, made[name]) for name in progress(FORECASTS[1:], desc="forecasts to compare with") if name in made]
         scores = xr.merge([xr.concat(parts, "forecast"), truth_scores(starts)])
         scores.attrs = {"made_from": asked, "ceiling_from": checkpoint.stem if spectrum is not None else ""}
         _write(scores, target)
-    return xr.load_dataset(target, engine="h5netcdf")
+        scores = read_netcdf(target)
+    return scores
 
 # %% ../nbs/05_short_analysis.ipynb #e052a656
 def _ceiling_spectrum(run: Run, starts: Starts, checkpoint: Path) -> Tensor | None:
@@ -768,9 +773,15 @@ def _fingerprint(
     return json.dumps(told, sort_keys=True)
 
 
-def _up_to_date(target: Path, fingerprint: str) -> bool:
-    "Whether `target` is there, whole, and made from the same things."
-    return earlier(target, lambda path: xr.load_dataset(path, engine="h5netcdf").attrs.get("made_from")) == fingerprint
+def read_netcdf(path: Path) -> xr.Dataset:
+    "A result, in memory."
+    return xr.load_dataset(path, engine="h5netcdf")
+
+
+def _up_to_date(target: Path, fingerprint: str) -> xr.Dataset | None:
+    "What `target` holds, if it is there, whole, and made from the same things."
+    known = earlier(target, read_netcdf)
+    return known if known is not None and known.attrs.get("made_from") == fingerprint else None
 
 # %% ../nbs/05_short_analysis.ipynb #8ff29d23
 def checkpoint_scores(
@@ -839,7 +850,8 @@ def short_analysis(run: Run) -> dict[str, xr.Dataset]:
     first, folder = next(iter(files.values())), run.path / "short_analyses"
     frames = max(HISTORY, *(load_emulator(file).num_frames for file in files.values()))
     asked = {name: _fingerprint(run, file, frames, first) for name, file in files.items()}
-    stale = [name for name in files if not _up_to_date(folder / f"{name}.nc", asked[name])]
+    known = {name: _up_to_date(folder / f"{name}.nc", asked[name]) for name in files}
+    stale = [name for name in files if known[name] is None]
     if stale:
         dataset = open_scored(run, frames)
         for name in stale:
@@ -850,7 +862,7 @@ def short_analysis(run: Run) -> dict[str, xr.Dataset]:
         for name in progress(stale, desc="checkpoints"):
             scores = checkpoint_scores(run, name, files[name], starts, baselines)
             _write(scores.assign_attrs(made_from=asked[name], **exponent), folder / f"{name}.nc")
-    return read_short(run.path, list(files))
+    return known | read_short(run.path, stale)
 
 # %% ../nbs/05_short_analysis.ipynb #f1040c64
 def read_short(
@@ -859,7 +871,7 @@ def read_short(
 ) -> dict[str, xr.Dataset]:
     "The scores of a run by checkpoint, best first."
     found = {path.stem: path for path in (Path(folder) / "short_analyses").glob("*.nc")}
-    read = lambda path: result_file(path, lambda path: xr.load_dataset(path, engine="h5netcdf"), "delete it and run 05_short_analysis again")
+    read = lambda path: result_file(path, read_netcdf, "delete it and run 05_short_analysis again")
     return {name: read(found[name]) for name in (sorted(found, key=_order) if names is None else names)}
 
 # %% ../nbs/05_short_analysis.ipynb #1dd8eba9

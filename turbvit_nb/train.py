@@ -8,6 +8,7 @@ __all__ = ['HIGHER', 'PRECISION', 'TrainingConfig', 'build_data', 'build_emulato
            'schedule_callbacks', 'past_one_step', 'run_callbacks', 'autocast_dtype', 'fit', 'train']
 
 # %% ../nbs/02_train.ipynb #141ea6ce
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -183,8 +184,8 @@ def summarise(
 
 
 def horizon_words(steps: float | None, length: int) -> str | None:
-    "A horizon from `summarise` of rollouts of so many steps: 12, or > 60."
-    return None if steps is None else f"> {length}" if steps > length else f"{steps:g}"
+    "A horizon in forecasts of so many steps: 12, > 60, or ? where it is not known."
+    return None if steps is None else "?" if math.isnan(steps) else f"> {length}" if steps > length else f"{steps:.0f}"
 
 # %% ../nbs/02_train.ipynb #95f83acd
 def spread(

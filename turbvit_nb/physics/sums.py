@@ -49,7 +49,7 @@ class PointSums:
         self,
         points: int,  # of a frame
         bins: tuple[float, float, int] | None = None,  # (low, high, how many): equal bins to count values in; None for no counts
-        climate: np.ndarray | None = None,  # (points,) what anomalies are measured from; None for no anomalies
+        climate: np.ndarray | None = None,  # (points,) what anomalies are measured from, of the type of the frames; None for no anomalies
     ):
         self.low, high, many = bins or (0.0, 1.0, 0)
         self.per_unit, self.climate = many / (high - self.low), climate
@@ -68,7 +68,7 @@ class PointSums:
         "Add frames; gives what there is to know of each."
         powers = np.empty((len(rows), 3))
         _point_pass(rows, float(self.low), self.per_unit, self.sets, self.squares, powers)
-        return powers, _ends(rows), None if self.climate is None else _ends(rows - self.climate.astype(rows.dtype, copy=False))
+        return powers, _ends(rows), None if self.climate is None else _ends(rows - self.climate)
 
 
 def _ends(rows: np.ndarray) -> np.ndarray:
