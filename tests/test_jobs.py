@@ -355,6 +355,7 @@ def test_rollouts_resume_to_the_same_bits(place, straight):
 
 
 def test_status_and_gif(place, straight):
+    assert turbvit("run", place / "04_inference.ipynb", straight).exit_code == 0  # whichever test runs first; done again, it resumes
     result = turbvit("status")
     assert result.exit_code == 0 and "straight" in result.output and "done" in result.output
     result = turbvit("gif", straight, "-o", place / "moving.mp4", "--error")
