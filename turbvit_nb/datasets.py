@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY', 'FIELDS', 'BLOCK', 'KEEP', 'DatasetConfig', 'sample_frames', 'sample_offsets', 'to_fields', 'to_velocity',
            'FrameDataset', 'open_dataset', 'check_disjoint', 'Batches', 'statistics', 'climatology', 'Symmetries',
-           'GenerateConfig', 'generate', 'ensure_data']
+           'GenerateConfig', 'generate', 'ensure_data', 'scored_section', 'climate_section', 'check_fit']
 
 # %% ../nbs/01_datasets.ipynb #986a91cf
 import fcntl
@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from .lab.config import Config, LabError, Section, data_path
 from .lab.progress import note, progress
 from .lab.runs import atomic, read_checkpoint, write_checkpoint
-from .model import Normaliser
+from .model import Emulator, Normaliser
 from .physics.py2d import PACKED, FrameError, PackedStore, PackedWriter, Regime, Store, TreeWriter, find_runs, open_store
 from .physics.solver import Solver, random_vorticity
 from .physics.spectral import Grid
@@ -591,3 +591,37 @@ def ensure_data(
 ) -> Path | None:  # the folder, or None if the config says nothing of making data
     "Make the data of the config's `[generate]` section, if it has one and they are not there."
     return generate(config.section("generate")) if config.has("generate") else None
+
+# %% ../nbs/01_datasets.ipynb #8c76e6c8
+def scored_section(
+    config: Config,
+) -> str:  # name of a section
+    "The section that holds the frames a run is judged by. Raises `LabError` when there is none."
+    for name in ("test_dataset", "dataset", "validation_dataset"):
+        if config.has(name): return name
+    raise LabError(f"{config.path or 'the config'} needs a [test_dataset] section: frames that neither training nor the climatology has seen")
+
+
+def climate_section(config: Config) -> str:
+    "The section that the climatology comes from. Raises `LabError` when there is none."
+    for name in ("climo_dataset", "train_dataset"):
+        if config.has(name): return name
+    raise LabError("the anomaly correlation needs a climatology: add [climo_dataset] or [train_dataset]")
+
+# %% ../nbs/01_datasets.ipynb #f367c555
+def check_fit(
+    emulator: Emulator,  # of any kind
+    dataset: FrameDataset,
+    name: str = "the emulator",  # for messages
+    train: bool = False,  # whether the samples themselves are its input
+):
+    "Raise `LabError`, in one line that names key and remedy, unless the frames are what the emulator was made for."
+    where = f"[{dataset.name}]"
+    if emulator.size != dataset.NX:
+        raise LabError(f"{name} is for {emulator.size}² fields, the data of {where} are {dataset.NX}²; use data of its own grid")
+    for key, mine, theirs in (("target_step", emulator.step, dataset.step), ("input_step", emulator.input_step, dataset.input_step)):
+        if not math.isclose(mine, theirs, rel_tol=1e-4) and (key == "target_step" or emulator.num_frames > 1):
+            raise LabError(f"{name} makes steps of {mine:g} time units, {key} of {where} makes them {theirs:g}; change it to match")
+    for key in ("fields", "num_frames") if train else ():
+        if (mine := getattr(emulator, key)) != (theirs := getattr(dataset, key)):
+            raise LabError(f"{name} was trained with {key} = {mine}, the data of {where} have {theirs}; use the data section of its training")

@@ -383,6 +383,11 @@ class Emulator(nn.Module):
         self.step, self.input_step = step, step if input_step is None else input_step
         self.target, self.project, self.cutoff, self.num_frames, self.out_frames = target, project, cutoff, num_frames, out_frames
 
+    @property
+    def size(self) -> int:
+        "Points per side of the fields it is for."
+        return self.network.config["img_size"]
+
 # %% ../nbs/00_model.ipynb #bdc91017
 @patch
 def projected(self: Emulator, z: Tensor) -> Tensor:

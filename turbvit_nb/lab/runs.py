@@ -28,7 +28,7 @@ from io import BytesIO
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -148,6 +148,7 @@ def write_checkpoint(
 def read_checkpoint(
     path: str | os.PathLike,  # a file of `write_checkpoint`, or of an earlier project
     device: str | torch.device = "cpu",  # where the tensors go
+    mmap: bool = False,  # leave the tensors on the disk until they are used
 ) -> dict:  # what was written
     "Read a checkpoint without running code from it. Raises `LabError` in one line when that cannot be done."
     path = Path(path)
@@ -155,7 +156,7 @@ def read_checkpoint(
         beside = ", ".join(sorted(p.stem for p in path.parent.glob("*.tar"))) or "none"
         raise LabError(f"no checkpoint {path}; beside it: {beside}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zipfile(path))
     except pickle.UnpicklingError:
         raise LabError(f"{path} is no checkpoint of tensors and plain values only; it is not opened, because it could run code") from None
     except (RuntimeError, EOFError, KeyError, ValueError):
