@@ -12,7 +12,6 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.name[0].isdigit()]
-ROOMS = ("physics", "layers", "lab", "compress")
 
 
 def name(path: Path) -> str:
@@ -77,19 +76,62 @@ def imports(module: Path) -> set[str]:
             found.update([parts[0]] if parts else [alias.name for alias in node.names])
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("turbvit_nb."):
             found.add(node.module.split(".")[1])
-    return found
+    return found - {"__version__"}
 
 
-def test_who_may_import_whom():
-    "The ground imports nothing above it; chapters import only lower-numbered chapters."
-    allowed = {"physics": {"physics"}, "layers": {"layers"}, "lab": {"lab"}, "compress": {"compress", "layers", "lab"}}
-    for room, may in allowed.items():
-        for module in (ROOT / "turbvit_nb" / room).glob("*.py"):
-            assert imports(module) <= may, module
-    order = [re.sub(r"^\d+_", "", p.stem) for p in CHAPTERS]
-    for place, chapter in enumerate(order):
-        above = set(order[place + 1:]) | {"cli"}
-        assert not imports(ROOT / "turbvit_nb" / f"{chapter}.py") & above, chapter
+GROUND = {"physics", "layers", "lab"}
+ROOMS = {  # a folder: what its modules may import
+    "physics": {"physics"},
+    "layers": {"layers"},
+    "lab": {"lab"},
+    "compress": {"compress", "model", "datasets"} | GROUND,
+    "forecast": {"forecast", "model", "datasets"} | GROUND,
+    "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
+    "study": {"study", "climate", "forecast", "compress", "model", "datasets"} | GROUND,
+}
+HANDED_ON = {"prune": {"train"}}  # what one chapter takes from another: finetuning is a training
+
+
+def test_every_room_is_on_the_map():
+    "A new folder of the package says here what it may import."
+    rooms = {p.parent.name for p in (ROOT / "turbvit_nb").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_who_may_import_whom(room):
+    "The ground imports nothing above it, a subject folder no chapter, and folders each other only downwards."
+    for module in (ROOT / "turbvit_nb" / room).glob("*.py"):
+        assert imports(module) <= ROOMS[room], module
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
+def test_chapters_take_nothing_from_each_other(path):
+    "Chapters from 02 on stand on the folders, on 00 and on 01, and on no chapter of another stage."
+    stage = re.sub(r"^\d+_", "", path.stem)
+    chapters = {re.sub(r"^\d+_", "", p.stem) for p in CHAPTERS} - {stage}
+    below = {"model": set(), "datasets": {"model"}}
+    may = below.get(stage, {"model", "datasets"} | HANDED_ON.get(stage, set()))
+    found = imports(ROOT / "turbvit_nb" / f"{stage}.py")
+    assert found & (chapters | {"cli", "examine"}) <= may
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_notebooks_of_a_folder_stand_in_the_order_of_their_imports(room):
+    "A module imports only modules of its folder whose notebooks have a lower number."
+    books = {re.sub(r"^\d+_", "", p.stem): p.stem[:2] for p in (ROOT / "nbs" / room).glob("[0-9]*.ipynb")}
+    for module, place in books.items():
+        tree = ast.parse((ROOT / "turbvit_nb" / room / f"{module}.py").read_text())
+        near = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+        late = {other for other in near & set(books) if books[other] >= place}
+        assert not late, f"{room}/{place}_{module} imports {late}"
+
+
+def test_no_module_is_a_library_in_disguise():
+    "No exported module is longer than a reader can hold."
+    for module in (ROOT / "turbvit_nb").rglob("*.py"):
+        if module.name != "_modidx.py":
+            assert len(module.read_text().splitlines()) <= 720, module
 
 
 def test_links_between_notebooks_lead_somewhere():
