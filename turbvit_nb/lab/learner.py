@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, Protocol
 
@@ -44,13 +45,16 @@ class Callback:
     "Something that happens around training steps. Subclass it; the methods are the `EVENTS`, each given the learner."
 
     order = 0  # callbacks with a lower number act first
+    remembers: tuple[str, ...] = ()  # attributes that a resume needs
 
     def state(self) -> dict:
         "Tensors and plain values that a resume needs."
-        return {}
+        return {name: getattr(self, name) for name in self.remembers}
 
     def load_state(self, state: dict) -> None:
         "Take back what `state` gave."
+        for name in self.remembers:
+            setattr(self, name, state[name])
 
 
 def _nothing(self: Callback, learner: "Learner") -> None:
@@ -73,19 +77,20 @@ class Learner:
         callbacks: Iterable[Callback] = (),  # in any order; each acts by its `order`
         epochs: int = 1,  # to train in all, resumed ones included
         device: str | torch.device = "cpu",  # where the model is
-        autocast: torch.dtype | None = None,  # torch.bfloat16 or torch.float16: precision of the forward pass
-        weights: nn.Module | None = None,  # the part whose weights are the checkpoint's `model_state`; the whole model
+        autocast: torch.dtype | None = None,  # `losses` runs in it; None: in whatever it chooses itself
+        weights: nn.Module | None = None,  # the part that is the checkpoint's `model_state`; the model
+        accumulate: int = 1,  # batches whose gradients make one step of the optimizer
     ):
-        self.model, self.losses, self.batches, self.optimizer, self.epochs = model, losses, batches, optimizer, epochs
+        self.model, self.losses, self.batches, self.optimizer = model, losses, batches, optimizer
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
-        self.device, self.autocast, self.weights = torch.device(device), autocast, weights or model
+        self.epochs, self.device, self.weights = epochs, torch.device(device), weights or model
+        self.autocast, self.accumulate = autocast, accumulate
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
-        self.epoch = self.batch_index = self.step = 0
+        self.epoch = self.batch_index = self.step = self.updates = 0
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.lr_factors: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
-        self.stop: str | None = None
-        self.early = False
+        self.stop, self.early = None, False
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
 
 # %% ../../nbs/lab/04_learner.ipynb #a37b805e
@@ -123,25 +128,48 @@ def _set_lr(self: Learner) -> None:
 
 # %% ../../nbs/lab/04_learner.ipynb #7cc2f74a
 @patch
+def _forward(self: Learner) -> AbstractContextManager:
+    "The precision of the forward pass."
+    return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+
+@patch
+def _shared(self: Learner) -> tuple[int, bool]:
+    "How many batches make the step that the batch at hand is part of, and whether it is the last of them."
+    place = self.batch_index % self.accumulate
+    size = min(self.accumulate, len(self.batches) - self.batch_index + place)
+    return size, place + 1 == size
+
+# %% ../../nbs/lab/04_learner.ipynb #7f2f442c
+@patch
 def _batch(self: Learner) -> None:
-    "One step on `self.batch`."
+    "One batch, `self.batch`, and the optimizer's step where it is due."
     self.call("before_batch")
     self._set_lr()
-    with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+    size, due = self._shared()
+    with self._forward():
         self.batch_losses = self.losses(self.model, self.batch)
     self.loss = self.batch_losses.mean()
     self.loss_sum += self.loss.detach()
     self.call("after_loss")
-    self.scaler.scale(self.loss).backward()
+    self.scaler.scale(self.loss / size if size > 1 else self.loss).backward()
     self.call("after_backward")
+    if due:
+        self._update()
+    self.step, self.batch_index = self.step + 1, self.batch_index + 1
+    self.call("after_batch")
+
+
+@patch
+def _update(self: Learner) -> None:
+    "One step of the optimizer."
     self.scaler.unscale_(self.optimizer)
     self.call("before_step")
     self.scaler.step(self.optimizer)
     self.scaler.update()
     self.optimizer.zero_grad(set_to_none=True)
     self.call("after_step")
-    self.step, self.batch_index = self.step + 1, self.batch_index + 1
-    self.call("after_batch")
+    self.updates += 1
 
 # %% ../../nbs/lab/04_learner.ipynb #4e04cd3b
 @patch
@@ -155,7 +183,8 @@ def _epoch(self: Learner) -> None:
             return
     self.metrics = {"loss": self.loss_sum.item() / max(self.batch_index, 1)}
     if not math.isfinite(self.metrics["loss"]):
-        raise LabError(f"the loss became {self.metrics['loss']} in epoch {self.epoch + 1}; lower the learning rate or clip, and resume")
+        became = f"the loss became {self.metrics['loss']} in epoch {self.epoch + 1}"
+        raise LabError(f"{became}; lower the learning rate or clip, and resume")
     self.epoch, self.batch_index = self.epoch + 1, 0
     self.loss_sum.zero_()
     self.call("after_epoch")
@@ -209,25 +238,42 @@ def _named(self: Learner) -> dict[str, Callback]:
 def state(self: Learner) -> dict:
     "All that `load_state` needs to go on to the same bits: tensors and plain values."
     return {
-        "epoch": self.epoch, "batch_index": self.batch_index, "step": self.step, "loss_sum": self.loss_sum.item(),
+        "epoch": self.epoch, "batch_index": self.batch_index, "step": self.step,
+        "updates": self.updates, "loss_sum": self.loss_sum.item(),
         "model_state": self.weights.state_dict(), "optimizer_state": self.optimizer.state_dict(),
         "scaler": self.scaler.state_dict(), "rng": rng_state(),
         "callbacks": {name: callback.state() for name, callback in self._named().items()},
-    }
+    } | self._pending()
+
+
+@patch
+def _pending(self: Learner) -> dict:
+    "The gradients of a step of the optimizer that is not complete."
+    if self.batch_index % self.accumulate == 0:
+        return {}
+    gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+    return {"gradients": gradients, "accumulate": self.accumulate}
 
 # %% ../../nbs/lab/04_learner.ipynb #9d48cb37
 @patch
 def load_state(self: Learner, state: dict) -> None:
-    "Go on from a `state`. Raises `LabError` when the weights do not fit the model."
+    "Go on from a `state`. Raises `LabError` when it does not fit."
+    if state.get("accumulate", self.accumulate) != self.accumulate:
+        raise LabError(f"stopped between batches of one step: resume with accumulate = {state['accumulate']}")
     try:
         self.weights.load_state_dict(state["model_state"])
     except RuntimeError as error:
-        raise LabError("the checkpoint does not fit the model: " + " ".join(str(error).split())[:300]) from None
+        why = " ".join(str(error).split())[:300]
+        raise LabError(f"the checkpoint does not fit the model: {why}") from None
     groups = self.optimizer.state_dict()["param_groups"]
     self.optimizer.load_state_dict({"state": state["optimizer_state"]["state"], "param_groups": groups})
     self.scaler.load_state_dict(state["scaler"])
     self.epoch, self.batch_index, self.step = state["epoch"], state["batch_index"], state["step"]
+    self.updates = state.get("updates", state["step"])  # older states: one per batch
     self.loss_sum.fill_(state["loss_sum"])
+    parameters = dict(self.model.named_parameters())
+    for name, gradient in state.get("gradients", {}).items():
+        parameters[name].grad = gradient.to(parameters[name].device, copy=True)
     for name, callback in self._named().items():
         if name in state["callbacks"]:
             callback.load_state(state["callbacks"][name])
@@ -253,7 +299,7 @@ class Warmup(Callback):
 class Plateau(Callback):
     "Multiply the learning rate by `factor` when `monitor` has not improved for more than `patience` epochs."
 
-    order = 20
+    order, remembers = 20, ("best", "bad", "scale")
 
     def __init__(
         self,
@@ -264,42 +310,29 @@ class Plateau(Callback):
         wait: float = 0.0,  # epochs at the start that do not count (the warm-up)
         threshold: float = 1e-4,  # relative improvement that counts as one
     ):
-        self.monitor, self.factor, self.patience, self.sign = monitor, factor, patience, -1 if higher else 1
-        self.wait, self.threshold = wait, threshold
+        self.monitor, self.factor, self.patience = monitor, factor, patience
+        self.sign, self.wait, self.threshold = -1 if higher else 1, wait, threshold
         self.best, self.bad, self.scale = math.inf, 0, 1.0
 
+    def before_fit(self, learner: Learner) -> None:
+        "Show the factor to the learner."
+        learner.lr_factors["plateau"] = self.scale
+
 # %% ../../nbs/lab/04_learner.ipynb #1aafa2c4
-@patch
-def before_fit(self: Plateau, learner: Learner) -> None:
-    "Show the factor to the learner."
-    learner.lr_factors["plateau"] = self.scale
-
-
 @patch
 def after_epoch(self: Plateau, learner: Learner) -> None:
     "Judge the epoch."
     if self.monitor not in learner.metrics or learner.epoch <= self.wait:
         return
     value = self.sign * learner.metrics[self.monitor]
-    if value < self.best - self.threshold * abs(self.best) or (math.isinf(self.best) and math.isfinite(value)):
+    first = math.isinf(self.best) and math.isfinite(value)
+    if first or value < self.best - self.threshold * abs(self.best):
         self.best, self.bad = value, 0
     else:
         self.bad += 1
     if self.bad > self.patience:
         self.scale, self.bad = self.scale * self.factor, 0
     learner.lr_factors["plateau"] = self.scale
-
-# %% ../../nbs/lab/04_learner.ipynb #bb8d1a3f
-@patch
-def state(self: Plateau) -> dict:
-    "The best value, the epochs since, the factor reached."
-    return {"best": self.best, "bad": self.bad, "scale": self.scale}
-
-
-@patch
-def load_state(self: Plateau, state: dict) -> None:
-    "Take back what `state` gave."
-    self.best, self.bad, self.scale = state["best"], state["bad"], state["scale"]
 
 # %% ../../nbs/lab/04_learner.ipynb #299d934d
 class Cosine(Callback):
@@ -348,11 +381,16 @@ class ClipGradient(Callback):
         "Clip."
         nn.utils.clip_grad_norm_(learner.model.parameters(), self.norm, foreach=True)
 
-# %% ../../nbs/lab/04_learner.ipynb #23ac82b1
+# %% ../../nbs/lab/04_learner.ipynb #1a4af630
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    "A state dict that does not change with the weights."
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
 class EMA(Callback):
     "Keep an exponential moving average of the weights, used in validation and stored as `ema_state`."
 
-    order = -10
+    order, remembers = -10, ("average",)
 
     def __init__(self, decay: float = 0.999):
         self.decay, self.average = decay, None
@@ -360,22 +398,26 @@ class EMA(Callback):
     def before_fit(self, learner: Learner) -> None:
         "Begin with the weights as they are, unless resumed."
         if self.average is None:
-            self.average = {name: value.detach().clone() for name, value in learner.weights.state_dict().items()}
+            self.average = _copied(learner.weights.state_dict())
+
+    def load_state(self, state: dict) -> None:
+        "Take back what `state` gave."
+        self.average = _copied(state["average"])
 
     def after_step(self, learner: Learner) -> None:
         "Move the average; what is no floating-point number is copied."
-        decay = min(self.decay, (1 + learner.step) / (10 + learner.step))
+        decay = min(self.decay, (1 + learner.updates) / (10 + learner.updates))
         now = learner.weights.state_dict()
         moving = [name for name, value in now.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.average[n] for n in moving], [now[n] for n in moving], 1 - decay)
         for name in now.keys() - set(moving):
             self.average[name].copy_(now[name])
 
-# %% ../../nbs/lab/04_learner.ipynb #07697c66
+# %% ../../nbs/lab/04_learner.ipynb #23ac82b1
 @patch
 def before_validate(self: EMA, learner: Learner) -> None:
     "Put the average in the weights' place."
-    self.weights = {name: value.detach().clone() for name, value in learner.weights.state_dict().items()}
+    self.weights = _copied(learner.weights.state_dict())
     learner.weights.load_state_dict(self.average)
 
 
@@ -383,18 +425,6 @@ def before_validate(self: EMA, learner: Learner) -> None:
 def after_validate(self: EMA, learner: Learner) -> None:
     "Put the weights back."
     learner.weights.load_state_dict(self.weights)
-
-# %% ../../nbs/lab/04_learner.ipynb #b358882c
-@patch
-def state(self: EMA) -> dict:
-    "The average."
-    return {"average": self.average}
-
-
-@patch
-def load_state(self: EMA, state: dict) -> None:
-    "Take back what `state` gave."
-    self.average = {name: value.clone() for name, value in state["average"].items()}
 
 # %% ../../nbs/lab/04_learner.ipynb #1a2d3bbf
 class Validate(Callback):
@@ -432,7 +462,8 @@ class Log(Callback):
         every: int = 50,  # steps between two lines
         **tags: Any,  # in every line, and given to `rewind`
     ):
-        self.log, self.rewind, self.every, self.tags, self.seconds = log, rewind, every, tags, 0.0
+        self.log, self.rewind, self.every, self.tags = log, rewind, every, tags
+        self.seconds = 0.0  # spent in earlier processes
 
     def before_fit(self, learner: Learner) -> None:
         "Forget what will happen again."
@@ -453,20 +484,21 @@ class Log(Callback):
 def after_batch(self: Log, learner: Learner) -> None:
     "The loss of this step."
     if learner.step % self.every == 0:
-        self.log(**self.tags, step=learner.step, epoch=learner.position, batch_loss=learner.loss.item())
+        where = dict(step=learner.step, epoch=learner.position)
+        self.log(**self.tags, **where, batch_loss=learner.loss.item())
 
 
 @patch
 def after_epoch(self: Log, learner: Learner) -> None:
     "The metrics of the epoch."
-    where = dict(step=learner.step, epoch=learner.epoch)
-    self.log(**self.tags, **where, **learner.metrics, lr=learner.lr, seconds=round(time.monotonic() - self.start, 2))
+    where, seconds = dict(step=learner.step, epoch=learner.epoch), time.monotonic() - self.start
+    self.log(**self.tags, **where, **learner.metrics, lr=learner.lr, seconds=round(seconds, 2))
 
 # %% ../../nbs/lab/04_learner.ipynb #2e171f4a
 class Checkpoint(Callback):
     "Save `last`, `best` and periodic checkpoints through a function such as `run.save`."
 
-    order = 90
+    order, remembers = 90, ("best",)
 
     def __init__(
         self,
@@ -480,15 +512,7 @@ class Checkpoint(Callback):
     ):
         self.save, self.monitor, self.sign, self.period = save, monitor, -1 if higher else 1, period
         self.minutes, self.prefix, self.extra = minutes, prefix, extra
-        self.best, self.saved = math.inf, -1
-
-    def state(self) -> dict:
-        "The best value so far."
-        return {"best": self.best}
-
-    def load_state(self, state: dict) -> None:
-        "Take back what `state` gave."
-        self.best = state["best"]
+        self.best, self.saved = math.inf, -1  # the best value; the step of the last save
 
 # %% ../../nbs/lab/04_learner.ipynb #fb7090a5
 @patch
@@ -512,13 +536,14 @@ def before_fit(self: Checkpoint, learner: Learner) -> None:
 @patch
 def after_batch(self: Checkpoint, learner: Learner) -> None:
     "In a long epoch, save now and then; not at its very end, which is about to be saved."
-    if time.monotonic() - self.clock > 60 * self.minutes and learner.batch_index < len(learner.batches):
+    late = time.monotonic() - self.clock > 60 * self.minutes
+    if late and learner.batch_index < len(learner.batches):
         self.write(learner, "last")
 
 # %% ../../nbs/lab/04_learner.ipynb #6376a873
 @patch
 def after_epoch(self: Checkpoint, learner: Learner) -> None:
-    "The best, the one to keep, the last; in this order, so that `last` knows of the best."
+    "The best, the one to keep, the last."
     value = self.sign * learner.metrics.get(self.monitor, math.inf * self.sign)
     if value < self.best:
         self.best = value
@@ -562,7 +587,12 @@ class StopOnSignal(Callback):
 class WallClock(Callback):
     "Stop after `hours` of this process, early enough that another batch as long as the longest would still fit."
 
-    def __init__(self, hours: float, margin: float = 0.0, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        hours: float,  # of this process
+        margin: float = 0.0,  # seconds to leave
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.seconds, self.clock = 3600 * hours - margin, clock
 
     def before_fit(self, learner: Learner) -> None:
