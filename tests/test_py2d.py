@@ -234,6 +234,24 @@ def test_a_truncated_or_foreign_packed_file_is_one_line(tree, tmp_path):
         open_store(tmp_path / "other.h5")
 
 
+def test_pack_refuses_what_it_cannot_keep(tree, tmp_path):
+    for dtype in ("int8", "float16", "complex64", "nonsense"):
+        with pytest.raises(StoreError, match=f"dtype = {dtype}: a packed store keeps float32"):
+            pack(tree.path, tmp_path / "new.h5", dtype)
+    with pytest.raises(StoreError, match=r"frames\.npz: a packed store is an HDF5 file; call it frames\.h5"):
+        pack(tree.path, tmp_path / "frames.npz")
+    assert not list(tmp_path.glob("*.h5*")) and not list(tmp_path.glob("*.npz*"))
+
+
+@pytest.mark.parametrize("there, wanted", [("float32", "float64"), ("float64", "float32")])
+def test_a_pack_of_another_precision_is_not_called_done(tree, tmp_path, there, wanted):
+    target = tmp_path / "frames.h5"
+    before = pack(tree.path, target, there).path.read_bytes()
+    with pytest.raises(StoreError, match=f"is there in {there}, and {wanted} is wanted; remove it or name another target"):
+        pack(tree.path, target, wanted)
+    assert target.read_bytes() == before and pack(tree.path, target, there).dtype == there
+
+
 def test_a_compressed_file_of_another_writer_is_read(tree, tmp_path):
     store = open_store(tree.path)
     frames = store.read(store.frames)
