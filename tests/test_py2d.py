@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -234,6 +235,24 @@ def test_a_truncated_or_foreign_packed_file_is_one_line(tree, tmp_path):
         open_store(tmp_path / "other.h5")
 
 
+def test_pack_refuses_what_it_cannot_keep(tree, tmp_path):
+    for dtype in ("int8", "float16", "complex64", "nonsense"):
+        with pytest.raises(StoreError, match=f"dtype = {dtype}: a packed store keeps float32"):
+            pack(tree.path, tmp_path / "new.h5", dtype)
+    with pytest.raises(StoreError, match=r"frames\.npz: a packed store is an HDF5 file; call it frames\.h5"):
+        pack(tree.path, tmp_path / "frames.npz")
+    assert not list(tmp_path.glob("*.h5*")) and not list(tmp_path.glob("*.npz*"))
+
+
+@pytest.mark.parametrize("there, wanted", [("float32", "float64"), ("float64", "float32")])
+def test_a_pack_of_another_precision_is_not_called_done(tree, tmp_path, there, wanted):
+    target = tmp_path / "frames.h5"
+    before = pack(tree.path, target, there).path.read_bytes()
+    with pytest.raises(StoreError, match=f"is there in {there}, and {wanted} is wanted; remove it or name another target"):
+        pack(tree.path, target, wanted)
+    assert target.read_bytes() == before and pack(tree.path, target, there).dtype == there
+
+
 def test_a_compressed_file_of_another_writer_is_read(tree, tmp_path):
     store = open_store(tree.path)
     frames = store.read(store.frames)
@@ -270,13 +289,13 @@ GENERATE = """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
-from turbvit_nb import datasets
+from turbvit_nb.data import generate as data
 def slowly(items, **kw):
     for item in items:
         yield item
         time.sleep(0.03)
-datasets.progress, datasets.KEEP = slowly, 0.0
-datasets.generate(datasets.GenerateConfig(**json.loads(sys.argv[1])))
+data.progress, data.KEEP = slowly, 0.0
+data.generate(data.GenerateConfig(**json.loads(sys.argv[1])))
 """
 
 
@@ -291,7 +310,7 @@ def _contents(folder) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("scheme, store", [("exact", "packed"), ("py2d", "tree")])
 def test_killed_generation_goes_on_to_the_same_bits(tmp_path, scheme, store):
-    from turbvit_nb.datasets import GenerateConfig, generate
+    from turbvit_nb.data.generate import GenerateConfig, generate
     keys = KEYS | {"scheme": scheme, "store": store, "data_dir": str(tmp_path / "killed")}
     child, state = _child(keys), tmp_path / "killed" / "generate.state"
     while not state.exists():
@@ -315,7 +334,7 @@ def test_processes_that_want_the_same_data_make_it_once(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    from turbvit_nb.datasets import GenerateConfig, generate
+    from turbvit_nb.data.generate import GenerateConfig, generate
     from turbvit_nb.lab.config import LabError
     keys = dict(data_dir=str(tmp_path / "data"), NX=16, Re=100, dt=0.01, n_frames=3, t_save=0.02)
     generate(GenerateConfig(**keys))
@@ -325,3 +344,66 @@ def test_other_settings_are_refused(tmp_path):
     TreeWriter(tmp_path / "own", TINY).append(0.1, np.zeros((16, 16)))
     with pytest.raises(LabError, match=r"runs that \[generate\] did not make"):
         generate(GenerateConfig(**keys | {"data_dir": str(tmp_path / "own")}))
+
+
+def test_generation_is_announced_in_one_line(tmp_path, monkeypatch, capsys):
+    from turbvit_nb.data.generate import GenerateConfig, generate
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
+    monkeypatch.setenv("TURBVIT_DATA", str(tmp_path))
+    keys = dict(data_dir="ours", NX=16, Re=100, dt=0.01, n_frames=3, t_save=0.02, n_trajectories=2)
+    generate(GenerateConfig(**keys))
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"\[generate\] makes 2 × 3 frames of 16² in {tmp_path}/ours: 0.00614 MB, about \d+ s on this machine", said[0])
+    generate(GenerateConfig(**keys))
+    assert not capsys.readouterr().out
+
+
+def test_generation_leaves_a_root_of_others_alone(tmp_path, monkeypatch):
+    from turbvit_nb.data.generate import GenerateConfig, generate
+    from turbvit_nb.lab.config import LabError
+    TreeWriter(tmp_path / "results", TINY).append(0.1, np.zeros((16, 16)))
+    monkeypatch.setenv("TURBVIT_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent)
+    keys = dict(data_dir="ours", NX=16, Re=100, dt=0.01, n_frames=3, t_save=0.02)
+    with pytest.raises(LabError, match=r"\(results\), and data_dir = \"ours\" would go beside them; .* or allow_foreign = true"):
+        generate(GenerateConfig(**keys))
+    assert [p.name for p in tmp_path.iterdir()] == ["results"]
+    assert generate(GenerateConfig(**keys, allow_foreign=True)) == tmp_path / "ours"
+    generate(GenerateConfig(**keys))  # what is there is used, whoever else is
+    with pytest.raises(LabError, match=r"runs that \[generate\] did not make"):
+        generate(GenerateConfig(**keys | {"data_dir": "results"}, allow_foreign=True))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    from turbvit_nb.data.generate import GenerateConfig, generate
+    from turbvit_nb.lab.config import LabError
+    (tmp_path / "file").touch()
+    with pytest.raises(LabError, match="cannot be written .*; choose another data_dir"):
+        generate(GenerateConfig(data_dir=str(tmp_path / "file" / "data"), NX=16, Re=100, n_frames=3, t_save=0.02))
+
+
+def test_sections_are_checked_without_reading_a_frame(tmp_path, monkeypatch):
+    from turbvit_nb.lab.config import Config, LabError
+    from turbvit_nb.physics import py2d
+    for ic in (1, 2):
+        writer = TreeWriter(tmp_path, Regime(200, beta=20.0, NX=16, dt=1e-2, IC=ic))
+        for n in range(12):
+            writer.append(0.1 * (n + 1), np.zeros((16, 16)))
+    monkeypatch.setattr(py2d, "read_frame", lambda *_: pytest.fail("a frame was read"))
+
+    def told(**sections):
+        "What each section's check says."
+        config, said = Config({name: {"data_dir": str(tmp_path)} | keys for name, keys in sections.items()}), {}
+        for name, section in config.sections.items():
+            try:
+                section.check(config, name)
+            except LabError as error:
+                said[name] = str(error)
+        assert not config.used
+        return said
+
+    assert told(train_dataset={"frame_range": [[1, 7]]}, validation_dataset={"frame_range": [[7, 13]]}) == {}
+    said = told(test_dataset={"frame_range": [[5, 9]]}, train_dataset={"frame_range": [[1, 7]]}, climo_dataset={"frame_range": [[1, 7]]})
+    assert list(said) == ["test_dataset"] and said["test_dataset"].startswith("train_dataset and test_dataset share 2 frames, 5 to 6")
+    assert list(told(train_dataset={"frame_range": [[1, 14]]}, validation_dataset={"frame_range": [[1, 3]], "skip_bad": True})) == ["train_dataset"]
+    assert told(train_dataset={"frame_range": [[1, 7]], "trajectories": [1]}, validation_dataset={"frame_range": [[1, 7]], "trajectories": [2]}) == {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'PACKED', 'PACKED_VERSION', 'StoreError', 'FrameError', 'Regime', 'read_parameters', 'read_mat',
            'read_frame', 'Store', 'TreeStore', 'read_time', 'TreeWriter', 'RestartState', 'read_state', 'open_store',
-           'PackedStore', 'PackedWriter', 'pack', 'find_runs']
+           'PackedStore', 'PackedWriter', 'packed_path', 'check_packed_dtype', 'pack', 'find_runs']
 
 # %% ../../nbs/physics/01_py2d.ipynb #79d61e2f
 import mmap
@@ -594,6 +594,22 @@ def finish(self: PackedWriter, progress: Callable = lambda items, **kw: items) -
     return self.path
 
 # %% ../../nbs/physics/01_py2d.ipynb #5ad31ee3
+def packed_path(
+    path: str | os.PathLike,  # of a packed file to be written
+) -> Path:
+    "The path, once its ending is seen to be that of an HDF5 file. Raises `StoreError`."
+    path = Path(path)
+    if path.suffix not in (".h5", ".hdf5"):
+        raise StoreError(f"{path}: a packed store is an HDF5 file; call it {path.with_suffix('.h5').name}")
+    return path
+
+
+def check_packed_dtype(dtype: str):
+    "Raise `StoreError` for numbers that a packed store does not keep."
+    if str(dtype) not in ("float32", "float64"):
+        raise StoreError(f"dtype = {dtype}: a packed store keeps float32 (half the size) or float64 (every bit)")
+
+# %% ../../nbs/physics/01_py2d.ipynb #424556bb
 def pack(
     source: str | os.PathLike | Store,  # a run's folder, or an open store
     target: str | os.PathLike | None = None,  # the packed file; `frames.h5` in the run's folder by default
@@ -602,10 +618,12 @@ def pack(
     progress: Callable = lambda items, **kw: items,  # wraps the loop
 ) -> PackedStore:
     "Copy a tree into one file: restartable, verified; the source is left alone."
-    store = source if isinstance(source, Store) else open_store(Path(source)/"data" if (Path(source)/"data").is_dir() else source)
+    tree = not isinstance(source, Store) and (Path(source)/"data").is_dir()
+    store = source if isinstance(source, Store) else open_store(Path(source)/"data" if tree else source)
+    target = packed_path(target or store.path/PACKED)
+    check_packed_dtype(dtype)
     if skip_bad: store.drop_bad(progress=progress)
-    target = Path(target) if target else store.path/PACKED
-    if target.exists(): return _already_packed(store, target)
+    if target.exists(): return _already_packed(store, target, dtype)
     times, writer = store.times, PackedWriter(target, store.regime, len(store), dtype)
     todo = np.flatnonzero(store.frames > writer.last).tolist()
     try:
@@ -617,11 +635,13 @@ def pack(
     packed.bad = store.bad
     return packed
 
-# %% ../../nbs/physics/01_py2d.ipynb #f9b3bf5a
-def _already_packed(store: Store, target: Path) -> PackedStore:
-    "The packed file that is there, once it is seen to hold the frames of the source."
+# %% ../../nbs/physics/01_py2d.ipynb #3306f73d
+def _already_packed(store: Store, target: Path, dtype: str) -> PackedStore:
+    "The packed file that is there, once it is seen to hold the frames of the source as they are wanted."
     packed = PackedStore(target)
     if packed.regime != store.regime: raise StoreError(f"{target}: holds another run, {packed.regime.path()}; name another target")
+    if packed.dtype != dtype:
+        raise StoreError(f"{target}: is there in {packed.dtype}, and {dtype} is wanted; remove it or name another target")
     if absent := len(np.setdiff1d(store.frames, packed.frames)):
         raise StoreError(f"{target}: lacks {absent} of the {len(store)} frames of the source; remove it or name another target")
     return packed
