@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'atomic', 'earlier', 'result_file', 'write_checkpoint', 'read_checkpoint', 'Lock', 'locked',
-           'seed_everything', 'resolve_device', 'stages', 'read_metrics', 'Stopped', 'Run', 'plan_run', 'open_run']
+           'seed_everything', 'resolve_device', 'stages', 'read_metrics', 'Stopped', 'Run', 'how_to_resume', 'plan_run',
+           'open_run']
 
-# %% ../../nbs/lab/02_runs.ipynb #ecd4caed
+# %% ../../nbs/lab/02_runs.ipynb #1010a2f3
 import atexit
-import errno
 import fcntl
 import json
 import os
@@ -35,22 +35,20 @@ import torch
 from fastcore.basics import patch
 from IPython import get_ipython
 
-from .config import Config, LabError, find_config, load_config, read_toml, run_folder
+from .config import Config, LabError, code_version, disk_trouble, find_config, in_one_line
+from .config import is_users, load_config, load_ipython_extension, registry, run_folder
 from .progress import note
 
 # %% ../../nbs/lab/02_runs.ipynb #f5fca43d
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    "Turn a full disk into one line about `path`."
+    "Turn a full disk, or one that may not be written on, into one line about `path`."
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if (trouble := disk_trouble(error, path)) is None:
             raise
-        raise LabError(f"no room to write {path} ({error.strerror}); what was there is kept, free some space and resume") from None
+        raise LabError(trouble) from None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -62,34 +60,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 # %% ../../nbs/lab/02_runs.ipynb #69969c84
-_open: dict[Path, "Run"] = {}  # the runs that this process writes
-
-
-def _tell(path: Path) -> None:
-    "Let the open run whose folder holds `path` know that its stage has written something."
-    for run in _open.values():
-        if run.path in path.absolute().parents and path.name not in ("config.toml", "status.json"):
-            run.wrote()
-
-
 @contextmanager
 def atomic(
     path: str | os.PathLike,  # the file to make or replace
 ) -> Iterator[Path]:  # where to write it in the meantime: a new name in the same folder with the same suffix
     "A file that appears whole or not at all; the folder is made. A full disk raises `LabError`."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        with _disk(path):
+    with _disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield part
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(path)
             _sync_folder(path.parent)
-        _tell(path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/02_runs.ipynb #aca8a4cc
 DAMAGE = (OSError, ValueError, KeyError, EOFError, BadZipFile)  # what reading a damaged file raises
@@ -122,7 +109,7 @@ def result_file(
 
 # %% ../../nbs/lab/02_runs.ipynb #7e06a689
 def _plain_only(value: object, where: str) -> None:
-    "Raise `TypeError` naming the first thing in `value` that is no tensor, number, text, list, tuple or dict of such."
+    "Raise `TypeError` naming the first thing in `value` that could not be read back."
     if isinstance(value, dict):
         for key, item in value.items():
             _plain_only(item, f"{where}[{key!r}]")
@@ -158,7 +145,8 @@ def read_checkpoint(
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zipfile(path))
     except pickle.UnpicklingError:
-        raise LabError(f"{path} is no checkpoint of tensors and plain values only; it is not opened, because it could run code") from None
+        what = "no checkpoint of tensors and plain values only; it is not opened, because it could run code"
+        raise LabError(f"{path} is {what}") from None
     except (RuntimeError, EOFError, KeyError, ValueError):
         raise LabError(f"{path} is damaged or is no torch file; delete it and use another checkpoint") from None
 
@@ -173,11 +161,12 @@ def _flock(file: IO, kind: int) -> bool:
 
 
 class Lock:
-    "An exclusive lock on a folder, held until `release` or the end of the process. Raises `LabError` naming the holder."
+    "An exclusive lock on a folder, until `release` or the end of the process. Raises `LabError` naming the holder."
 
-    def __init__(self, folder: Path, patience: float = 0.5):
-        self.path = folder / ".lock"
-        self.file = self.path.open("a+")
+    def __init__(self, folder: Path, patience: float = 0.5, name: str = ".lock"):
+        self.path = folder / name
+        with _disk(self.path):
+            self.file = self.path.open("a+")
         deadline = time.monotonic() + patience  # someone may be looking at the status just now
         while not self._try():
             if time.monotonic() > deadline:
@@ -200,11 +189,12 @@ class Lock:
 # %% ../../nbs/lab/02_runs.ipynb #78169946
 def locked(
     folder: Path,  # a run folder
+    name: str = ".lock",  # of the lock
 ) -> bool:  # whether some process writes there now
     "Look at the lock without taking it for longer than the look."
-    if not (folder / ".lock").exists():
+    if not (folder / name).exists():
         return False
-    with (folder / ".lock").open() as file:
+    with (folder / name).open() as file:
         return not _flock(file, fcntl.LOCK_SH)
 
 # %% ../../nbs/lab/02_runs.ipynb #5508d948
@@ -237,18 +227,45 @@ def _write_json(path: Path, value: object) -> None:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def _read_status(folder: Path) -> dict:  # "id" and "stages"
+    "What `status.json` holds. Raises `LabError` when it is damaged."
+    file = folder / "status.json"
+    if not file.exists():
+        return {"stages": {}}
+    try:
+        status = json.loads(file.read_text())
+        status["stages"].values()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise LabError(f"{file} is damaged; delete it, and run the stages again that are not done") from None
+    return status
+
+# %% ../../nbs/lab/02_runs.ipynb #c7e35809
+def _sources(stage: str) -> list[str]:
+    "The stages that a stage is made from, directly or by way of others."
+    direct = registry()["stages"].get(stage, {}).get("after", [])
+    return list(dict.fromkeys([*direct, *(s for source in direct for s in _sources(source))]))
+
+
+def _renewed(entries: dict[str, dict], stage: str) -> str | None:
+    "The stage that has been made again since `stage` was made from it; None when there is none."
+    when = lambda name: datetime.fromisoformat(entries[name]["changed"])
+    own = entries[stage].get("changed") or entries[stage].get("ended")
+    earlier = [name for name in _sources(stage) if entries.get(name, {}).get("changed")]
+    later = [name for name in earlier if own and when(name) > datetime.fromisoformat(own)]
+    return max(later, key=when, default=None)
+
+
 def stages(
     folder: str | os.PathLike,  # a run folder
 ) -> dict[str, dict]:  # by stage: state, started, ended, process, host, used sections, summary
-    "The stages of a run. `state` is running, done, stopped, failed or killed."
-    file = Path(folder) / "status.json"
-    if not file.exists():
-        return {}
-    entries = json.loads(file.read_text())["stages"]
-    alive = locked(Path(folder))
-    for entry in entries.values():
+    "The stages of a run. `state` is running, done, stopped, failed or killed; `stale` names what is newer."
+    entries = _read_status(Path(folder))["stages"]
+    alive = bool(entries) and locked(Path(folder))
+    for name, entry in entries.items():
         if entry["state"] == "running" and not alive:
             entry["state"] = "killed"
+        if entry["state"] == "done" and (newer := _renewed(entries, name)):
+            entry["stale"] = newer
     return entries
 
 # %% ../../nbs/lab/02_runs.ipynb #6b2b2ff0
@@ -276,13 +293,15 @@ class Stopped(KeyboardInterrupt):
         return [f"{type(self).__name__}: {self}"]
 
 
-def _now() -> str:
-    "The time as ISO 8601, to the second."
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+def _now(timespec: str = "seconds") -> str:
+    "The time as ISO 8601."
+    return datetime.now().astimezone().isoformat(timespec=timespec)
 
 # %% ../../nbs/lab/02_runs.ipynb #abcff87e
 class Run:
     "A run folder, open for one stage. Make it with `open_run`."
+
+    changed = False  # whether this process has written checkpoints or metrics
 
     def __init__(
         self,
@@ -296,42 +315,84 @@ class Run:
         self.device = resolve_device(config.top.device)
         elsewhere = config.top.checkpoint_dir
         self.checkpoints = run_folder(elsewhere) if elsewhere else path / "checkpoints"
-        before = stages(path).get(stage, {})
-        self.stage_status = {"state": "running", "started": _now()} | {key: before[key] for key in ("wrote", "used") if key in before}
-        self._set_state("running", process=os.getpid(), host=socket.gethostname())
+        status = _read_status(path)
+        self.id, before = status.get("id") or os.urandom(6).hex(), status["stages"].get(stage, {})
+        kept = {key: before[key] for key in ("wrote", "used", "threads", "changed") if key in before}
+        self.opened = lock.path.stat().st_mtime_ns
+        self.stage_status = {"state": "running", "started": _now(), "threads": torch.get_num_threads()} | kept
+        self._threads_note()
+        who = {"process": os.getpid(), "host": socket.gethostname(), "code": code_version()}
+        self._set_state("running", opened=self.opened, **who)
 
     def __repr__(self) -> str:
         return f"Run({'scratch' if self.scratch else self.path.name}, stage={self.stage})"
 
-# %% ../../nbs/lab/02_runs.ipynb #50e4941b
-@patch(as_prop=True)
-def how_to_resume(self: Run) -> str:
-    "The end of a message about a job that did not end."
-    return "a scratch run is not kept, set output_dir to be able to resume" if self.scratch else f"resume with config={self.path}"
+    @property
+    def how_to_resume(self) -> str:
+        "The end of a message about a job that did not end."
+        if self.scratch:
+            return "a scratch run is not kept, set output_dir to be able to resume"
+        return f"resume with {how_to_resume(self.path)}"
 
-# %% ../../nbs/lab/02_runs.ipynb #d183d2e2
+    @property
+    def status(self) -> dict[str, dict]:
+        "The stages of this run, see `stages`."
+        return stages(self.path)
+
+# %% ../../nbs/lab/02_runs.ipynb #50e4941b
+def how_to_resume(folder: Path) -> str:
+    "What to say or to set in order to go on with a run."
+    return f"turbvit resume {folder}" if os.environ.get("TURBVIT_JOB") else f"config={folder}"
+
+
+@patch
+def _threads_note(self: Run) -> None:
+    "Say that the stage was begun with another number of threads."
+    before, now = self.stage_status["threads"], torch.get_num_threads()
+    if before != now:
+        remedy = f"set threads = {before} to get the same bits as without the stop"
+        note(f"{self.stage} was begun with {before} threads of torch and goes on with {now}: {remedy}")
+
+
 @patch
 def _set_state(self: Run, state: str, **more: Any) -> None:
     "Write the stage's entry of `status.json`."
-    file = self.path / "status.json"
-    status = json.loads(file.read_text()) if file.exists() else {"stages": {}}
+    status = {"id": self.id} | _read_status(self.path)
     used = self.config.used | set(self.stage_status.get("used", []))
     self.stage_status |= {"state": state, "used": sorted(used)} | more
     status["stages"][self.stage] = self.stage_status
-    _write_json(file, status)
+    _write_json(self.path / "status.json", status)
+
+# %% ../../nbs/lab/02_runs.ipynb #d183d2e2
+_OWN = {"config.toml", "status.json", "metrics.jsonl", ".lock", ".job"}  # what a run writes about itself
+
+
+def _left_something(
+    folder: Path,  # of a run
+    since: int,  # in ns, when a stage was opened
+) -> bool:
+    "Whether a file was made in the folder, reports and the run's own records aside."
+    reports = {path for kind in ("ipynb", "html") for path in folder.glob(f"*.{kind}")}
+    files = (path for path in folder.rglob("*") if path.name not in _OWN and ".part" not in path.name)
+    return any(path not in reports and path.is_file() and path.stat().st_mtime_ns >= since for path in files)
+
+
+def _counts(
+    folder: Path,
+    entry: dict,  # of a stage
+) -> bool:
+    "Whether a stage is history: it is done or running, or was ended after it had written something."
+    if entry.get("wrote") or entry["state"] in ("running", "done"):
+        return True
+    return "opened" in entry and _left_something(folder, entry["opened"])
 
 
 @patch
 def wrote(self: Run) -> None:
-    "Note that the stage has left something in the folder; until then it may be begun again."
+    "Note that the stage has left something in the folder."
+    self.changed = True
     if not self.stage_status.get("wrote"):
         self._set_state("running", wrote=True)
-
-
-@patch(as_prop=True)
-def status(self: Run) -> dict[str, dict]:
-    "The stages of this run, see `stages`."
-    return stages(self.path)
 
 # %% ../../nbs/lab/02_runs.ipynb #ffeae305
 @patch
@@ -340,9 +401,9 @@ def save(
     name: str,  # "best", "last", "prune1_remaining_80.0"
     state: dict,  # tensors and plain values
 ) -> Path:  # the file
-    "Write `checkpoints/<name>.tar`, whole or not at all."
+    "Write `checkpoints/<name>.tar`, whole or not at all, with the id of the run."
     path = self.checkpoints / f"{name}.tar"
-    write_checkpoint(path, state)
+    write_checkpoint(path, state | {"run_id": self.id, "run_name": self.path.name})
     if self.stage_status["state"] != "running" or not self.config.used <= set(self.stage_status["used"]):
         self._set_state("running")
     self.wrote()
@@ -363,16 +424,17 @@ def has(self: Run, name: str) -> bool:
 # %% ../../nbs/lab/02_runs.ipynb #e5e3e42b
 @patch
 def start_checkpoint(self: Run) -> Path:
-    "The checkpoint a stage starts from: `checkpoint_file` of the config, else this run's own best. Raises `LabError`."
-    named = self.config.top.checkpoint_file
+    "The checkpoint a stage starts from: `checkpoint_file`, else this run's own best. Raises `LabError`."
+    named, own = self.config.top.checkpoint_file, self.checkpoints
     if named is None:
         if self.has("best"):
-            return self.checkpoints / "best.tar"
+            return own / "best.tar"
         raise LabError(f"{self.path} has no checkpoints/best.tar to start from; train first, or set checkpoint_file")
-    for path in [Path(named).expanduser(), run_folder(named), self.checkpoints / named, self.checkpoints / f"{named}.tar"]:
+    for path in [Path(named).expanduser(), run_folder(named), own / named, own / f"{named}.tar"]:
         if path.is_file():
             return path.absolute()
-    raise LabError(f"checkpoint_file = {named} is not there; give a path, or one of {sorted(p.stem for p in self.checkpoints.glob('*.tar'))}")
+    there = sorted(path.stem for path in own.glob("*.tar"))
+    raise LabError(f"checkpoint_file = {named} is not there; give a path, or one of {there}")
 
 # %% ../../nbs/lab/02_runs.ipynb #8317b2c1
 def _number(value: object) -> object:
@@ -413,13 +475,20 @@ def rewind(
 
 # %% ../../nbs/lab/02_runs.ipynb #49e6e5db
 @patch
+def _end(self: Run, state: str, **more: Any) -> None:
+    "Note how the stage ended, and whether it has changed anything in the folder."
+    if self.changed or _left_something(self.path, self.opened):
+        more |= {"wrote": True, "changed": _now("milliseconds")}
+    self._set_state(state, ended=_now(), **more)
+
+
+@patch
 def finish(
     self: Run,
     **summary: Any,  # numbers worth showing in a list of runs
 ) -> None:
     "Declare the stage done and let go of the folder."
-    summary = json.loads(json.dumps(summary, default=_number))
-    self._set_state("done", ended=_now(), summary=summary)
+    self._end("done", summary=json.loads(json.dumps(summary, default=_number)))
     self.close()
 
 
@@ -428,8 +497,8 @@ def interrupted(self: Run, error: BaseException | None = None) -> None:
     "Record that the stage did not end: stopped on an interrupt, failed on another error."
     if _open.get(self.path) is self:
         stopped = error is None or isinstance(error, KeyboardInterrupt)
-        why = {"error": f"{type(error).__name__}: {error}".splitlines()[0]} if error is not None else {}
-        self._set_state("stopped" if stopped else "failed", ended=_now(), **why)
+        why = {} if error is None else {"error": f"{type(error).__name__}: {in_one_line(error)}".splitlines()[0]}
+        self._end("stopped" if stopped else "failed", **why)
 
 
 @patch
@@ -439,6 +508,9 @@ def close(self: Run) -> None:
     _open.pop(self.path, None)
 
 # %% ../../nbs/lab/02_runs.ipynb #d7aa18d7
+_open: dict[Path, Run] = {}  # the runs that this process writes
+
+
 def _on_exit() -> None:
     "The process ends: open stages were stopped, unless an error was seen."
     for run in list(_open.values()):
@@ -454,34 +526,21 @@ def _after_cell(result: Any) -> None:
         run.interrupted(error)
 
 # %% ../../nbs/lab/02_runs.ipynb #d68edc3b
-def _is_message(kind: type) -> bool:
-    "Whether an error is a message to the user: all error classes of the package are, those of the physics included."
-    return kind.__module__.startswith("turbvit_nb.")
-
-
 def _on_error(kind: type, error: BaseException, trace: Any) -> None:
-    "Python ends a script with an error: one line for the user's mistakes, a traceback for ours."
+    "The hook of Python for an error that nobody caught."
     for run in list(_open.values()):
         run.interrupted(error)
-    if _is_message(kind):
-        print(f"{kind.__name__}: {error}", file=sys.stderr)
+    if is_users(error):
+        print(f"{kind.__name__}: {in_one_line(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-
-# %% ../../nbs/lab/02_runs.ipynb #3ba5a4c5
-def _in_cell(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
-    "The same for a cell of a notebook."
-    if _is_message(kind):
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
-    else:
-        shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     "The queue takes the node back: unwind like Ctrl-C."
     raise Stopped("; ".join(["stopped by SIGTERM", *(run.how_to_resume for run in _open.values())]))
 
-# %% ../../nbs/lab/02_runs.ipynb #2bc71308
+# %% ../../nbs/lab/02_runs.ipynb #3ba5a4c5
 _watching = False
 
 
@@ -494,10 +553,11 @@ def _watch() -> None:
     atexit.register(_on_exit)
     if (shell := get_ipython()) is not None:
         shell.events.register("post_run_cell", _after_cell)
-        shell.set_custom_exc((ValueError,), _in_cell)
+        load_ipython_extension(shell)
     else:
         sys.excepthook = _on_error
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    ours = threading.current_thread() is threading.main_thread()  # only that thread may set a handler
+    if ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 # %% ../../nbs/lab/02_runs.ipynb #a085d880
@@ -513,42 +573,77 @@ def _merge(
     old = load_config(folder)
     users = {name: stage for stage, entry in history.items() for name in entry.get("used", [])}
     merged, resolved = old.to_dict(), config.to_dict()
+    remedy = "leave it out, or give another output_dir"
     for name, said in config.to_dict(explicit=True).items():
+        was = merged.get(name)
         if not isinstance(said, dict):
-            if name not in _FREE and merged.get(name) != said:
-                raise LabError(f"{name} = {said!r}, but {folder} was made with {merged.get(name)!r}; leave it out, or give another output_dir")
+            if name not in _FREE and was != said:
+                raise LabError(f"{name} = {said!r}, but {folder} was made with {was!r}; {remedy}")
             merged[name] = said
             continue
-        changed = [key for key in said if name in merged and merged[name].get(key) != resolved[name].get(key)]
+        changed = [key for key in said if was is not None and was.get(key) != resolved[name].get(key)]
         if changed and name in users:
-            key, was = changed[0], merged[name].get(changed[0])
-            raise LabError(f"{name}.{key} = {said[key]!r}, but stage {users[name]} of {folder} used {was!r}; leave it out, or give another output_dir")
+            key, by = changed[0], f"stage {users[name]} of {folder} used {was.get(changed[0])!r}"
+            raise LabError(f"{name}.{key} = {said[key]!r}, but {by}; {remedy}")
         merged[name] = merged.get(name, {}) | said
     both = Config(merged, folder)
     both.notes = config.notes
     return both
 
 # %% ../../nbs/lab/02_runs.ipynb #722a3d06
-def plan_run(
-    path: Path,  # a TOML file or a run folder
+def _check_owner(
+    folder: Path,  # of the run
+    config: Config,
     stage: str,  # about to begin
-    overrides: Iterable[str],  # "section.key=value"
-) -> tuple[Path | None, Config]:  # the folder (None: a scratch run) and the config that holds there
-    "Decide between a new run, a joined one, a resumed one and a scratch run."
-    config = load_config(path, overrides)
-    if path.is_dir():
-        return path, config
+) -> None:
+    "Refuse a `checkpoint_dir` that holds checkpoints of another run."
+    trains = registry()["stages"].get(stage, {}).get("trains", False)
+    if not trains or config.top.checkpoint_dir is None:
+        return
+    place, own = run_folder(config.top.checkpoint_dir), _read_status(folder)
+    remedy = "give each run a checkpoint_dir of its own, or leave it out"
+    for path in sorted(place.glob("*.tar")):
+        state = read_checkpoint(path, mmap=True)
+        owner = state.get("run_id")
+        if owner is not None and owner != own.get("id"):
+            raise LabError(f"checkpoint_dir = {place} holds {path.name} of the run {state['run_name']}; {remedy}")
+        if owner is None and path.stem == "last" and not own["stages"]:
+            raise LabError(f"checkpoint_dir = {place} holds {path.name} of an earlier run; {remedy}")
+
+# %% ../../nbs/lab/02_runs.ipynb #035b0923
+def _place(
+    config: Config,
+    stage: str,  # about to begin
+) -> tuple[Path | None, Config]:
+    "Where a config's run is, and the config that holds there: that of the folder, joined by this one."
     name = config.top.output_dir or config.top.run
     if name is None:
         return None, config
     folder = run_folder(name)
     if not (folder / "config.toml").exists():
         return folder, config
-    history = {name: entry for name, entry in stages(folder).items() if entry.get("wrote") or entry["state"] in ("running", "done")}
+    history = {name: entry for name, entry in stages(folder).items() if _counts(folder, entry)}
     if stage in history:
-        state = history[stage]["state"]
-        raise LabError(f"{folder} already holds stage {stage} ({state}); resume it with config={folder}, or give another output_dir")
+        state = f"already holds stage {stage} ({history[stage]['state']})"
+        resume = f"resume it with {how_to_resume(folder)}"
+        raise LabError(f"{folder} {state}; {resume}, or give another output_dir")
     return folder, _merge(folder, config, history) if history else config
+
+# %% ../../nbs/lab/02_runs.ipynb #d86fce7b
+def plan_run(
+    path: Path,  # a TOML file or a run folder
+    stage: str,  # about to begin
+    overrides: Iterable[str],  # "section.key=value"
+) -> tuple[Path | None, Config]:  # the folder (None: a scratch run) and the config that holds there
+    "Decide between a new run, a joined one, a resumed one and a scratch run, and check the config."
+    config = load_config(path, overrides)
+    folder, config = (path, config) if path.is_dir() else _place(config, stage)
+    if folder is None or os.environ.get("TURBVIT_JOB") != str(folder):
+        config.check()
+    if folder is not None:
+        _check_owner(folder, config, stage)
+    resolve_device(config.top.device)
+    return folder, config
 
 # %% ../../nbs/lab/02_runs.ipynb #82854280
 def open_run(
@@ -556,19 +651,21 @@ def open_run(
     stage: str,  # "train", "prune", "inference", …
     overrides: Iterable[str] = (),  # "section.key=value"
 ) -> Run:  # open, locked, seeded
-    "Open a run for a stage. Raises `LabError` for any mistake in the config, and when another process writes the folder."
+    "Open a run for a stage. Raises `LabError` for a mistake in the config and when another process writes there."
     folder, settings = plan_run(find_config(config), stage, overrides)
-    device = resolve_device(settings.top.device)  # noqa: F841  a mistake must show before the folder is made
     scratch = folder is None
     folder = Path(tempfile.mkdtemp(prefix="turbvit-")) if scratch else folder
     if folder in _open:
         _open[folder].interrupted()
         _open[folder].close()
-    folder.mkdir(parents=True, exist_ok=True)
+    with _disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
     _mend(folder)
     with atomic(folder / "config.toml") as part:
         part.write_text(settings.to_toml())
+    if settings.top.threads:
+        torch.set_num_threads(settings.top.threads)
     run = _open[folder] = Run(folder, settings, stage, lock, scratch)
     _watch()
     if scratch:
@@ -576,8 +673,6 @@ def open_run(
     for message in settings.notes:
         note(message)
     seed_everything(settings.top.seed)
-    if settings.top.threads:
-        torch.set_num_threads(settings.top.threads)
     return run
 
 # %% ../../nbs/lab/02_runs.ipynb #26e2cd42
