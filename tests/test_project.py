@@ -83,6 +83,7 @@ GROUND = {"physics", "layers", "lab"}
 ROOMS = {  # a folder: what its modules may import
     "physics": {"physics"},
     "layers": {"layers"},
+    "data": {"data"} | {"physics", "lab"},
     "lab": {"lab"},
     "compress": {"compress", "model", "datasets"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
