@@ -12,7 +12,7 @@ from turbvit_nb.compress.criteria import CRITERIA
 from turbvit_nb.compress.schedules import SCOPES, Step
 from turbvit_nb.lab.plots import Table
 from turbvit_nb.lab.runs import open_run
-from turbvit_nb.prune import Pruning, Stages, open_stages, skill
+from turbvit_nb.prune import Stages, open_stages, read_pruning
 from turbvit_nb.train import train
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,10 +34,10 @@ def after(stages: Stages, metric: str, scope: str, fraction: float) -> dict[str,
     "Skill right after pruning."
     chosen = {"importance_metric": metric, "scope": scope}
     run.config.sections["pruning"] = run.config.sections["pruning"].model_copy(update=chosen)
-    return stages.mask(Pruning.read(dense, run.device), Step(1, fraction, 0))["pruned"]
+    return stages.mask(read_pruning(dense, run.device), Step(1, fraction, 0))["pruned"]
 
 
-rows = [{"criterion": "dense", "scope": "", "pruned %": 0.0} | skill(stages.validation, Pruning.read(dense, run.device).emulator)]
+rows = [{"criterion": "dense", "scope": "", "pruned %": 0.0} | stages.validation.skill(read_pruning(dense, run.device).emulator)]
 for fraction in args.fractions:
     for metric in CRITERIA:
         for scope in SCOPES:

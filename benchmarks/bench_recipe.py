@@ -15,8 +15,9 @@ import torch
 
 from turbvit_nb.lab.learner import Learner
 from turbvit_nb.lab.runs import open_run, seed_everything
+from turbvit_nb.lab.training import autocast_dtype, build_optimizer
 from turbvit_nb.model import losses
-from turbvit_nb.train import autocast_dtype, build_batches, build_data, build_emulator, build_optimizer, train
+from turbvit_nb.train import build_batches, build_data, build_emulator, train
 
 DATA = """
 seed = {seed}

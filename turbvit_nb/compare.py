@@ -38,7 +38,8 @@ from .prune import prune
 from .physics.metrics import horizon
 from .physics.statistics import block_length, block_replicates, difference_interval, percentile_interval
 from .short_analysis import UNITS, curve, forecasts_in, horizons, read_short, short_analysis, wave_marks
-from .train import horizon_words, train
+from .forecast.validation import horizon_words
+from .train import train
 
 # %% ../nbs/07_compare.ipynb #e328d20f
 class CompareConfig(Section):

@@ -38,7 +38,7 @@ class LoopConfig(Section):
     early_stop_lr_threshold: float = Field(1e-7, ge=0)  # plateau: stop below this learning rate
     clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the forward pass
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast
     compile: bool = False  # let torch.compile make kernels of the model's training step
     validate_every: int = Field(1, ge=1)  # epochs
     checkpoint_period: int | None = Field(None, gt=0)  # epochs between checkpoints that are kept
