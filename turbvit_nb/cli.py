@@ -129,17 +129,9 @@ def check_data(
 # %% ../nbs/cli.ipynb #4ccb5012
 def check_checkpoint(settings: Any) -> None:
     "Open the checkpoint that a config starts from, if it names a file: it must hold a model, and that of [model]."
-    from turbvit_nb.lab.config import LabError, run_folder
-    from turbvit_nb.model import NetworkConfig, load_emulator
+    from turbvit_nb.model import check_start
 
-    named = settings.top.checkpoint_file
-    places = [Path(named).expanduser(), run_folder(named)] if named else []
-    for path in [place for place in places if place.is_file()][:1]:
-        there = load_emulator(path).network.config
-        here = settings.section("model").model_dump() if settings.has("model") else there
-        for key in NetworkConfig.model_fields:
-            if there[key] != here[key] and key not in ("dropout", "legacy_token_layout"):
-                raise LabError(f"checkpoint_file = {named} does not fit the model: {key} is {there[key]} there and {here[key]} in [model]")
+    check_start(settings, settings.section("model") if settings.has("model") else None)
 
 # %% ../nbs/cli.ipynb #ecbfcf38
 def _job(chapter: str, config: str | Path, overrides: Iterable[str] = (), parameters: dict | None = None) -> Path:

@@ -6,7 +6,8 @@
 __all__ = ['Attend', 'plain_attention', 'fused_attention', 'attention', 'Attention', 'attending', 'MLP', 'Block', 'stack']
 
 # %% ../../nbs/layers/01_attention.ipynb #22b205cf
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -42,11 +43,18 @@ def attention(
     k: Tensor,  # keys, the same shape
     v: Tensor,  # values, the same shape
 ) -> Tensor:  # (B, heads, L, head_dim)
-    "Softmax attention by the faster kernel: `plain_attention` for short sequences in half precision on a CPU, else `fused_attention`."
+    "The faster kernel: `plain_attention` for short sequences in half precision on a CPU, else `fused_attention`."
     short = q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[-2] <= 512
     return plain_attention(q, k, v) if short else fused_attention(q, k, v)
 
 # %% ../../nbs/layers/01_attention.ipynb #10e24c76
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    "A linear layer, which may have no inputs or no outputs: torch warns that there is nothing to initialise."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return nn.Linear(inputs, outputs)
+
+# %% ../../nbs/layers/01_attention.ipynb #6232c364
 class Attention(nn.Module):
     "Multi-head self-attention, (B, L, D) → (B, L, D)."
 
@@ -54,17 +62,20 @@ class Attention(nn.Module):
         self,
         *,
         dim: int,  # token width D
-        num_heads: int,  # heads; D must be divisible by it
+        num_heads: int,  # heads, from 0 on
+        head_dim: int | None = None,  # width of a head; D / num_heads, which must be whole, unless given
         attend: Attend = attention,  # the kernel; may be exchanged later, see `attending`
     ):
         super().__init__()
-        if dim % num_heads:
+        if head_dim is None and (num_heads < 1 or dim % num_heads):
             raise ValueError(f"token width {dim} is not divisible by {num_heads} heads")
         self.num_heads, self.attend = num_heads, attend
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        width = dim if head_dim is None else num_heads * head_dim
+        self.qkv, self.proj = _linear(dim, 3 * width), _linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.num_heads:
+            return self.proj(x[..., :0])
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         return self.proj(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))
 
@@ -93,11 +104,10 @@ class MLP(nn.Module):
         self,
         *,
         dim: int,  # token width D
-        hidden: int,  # width between the layers
+        hidden: int,  # channels between the layers, from 0 on
     ):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = _linear(dim, hidden), _linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -112,22 +122,32 @@ class Block(nn.Module):
         dim: int,  # token width D
         num_heads: int,  # attention heads
         mlp_ratio: float = 4.0,  # hidden width of the MLP in units of D
+        head_dim: int | None = None,  # width of a head; D / num_heads unless given
+        hidden: int | None = None,  # channels of the MLP, in place of mlp_ratio
         attend: Attend = attention,  # attention kernel
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim=dim, num_heads=num_heads, attend=attend)
+        self.attn = Attention(dim=dim, num_heads=num_heads, head_dim=head_dim, attend=attend)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim=dim, hidden=round(dim * mlp_ratio))
+        self.mlp = MLP(dim=dim, hidden=round(dim * mlp_ratio) if hidden is None else hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-
+# %% ../../nbs/layers/01_attention.ipynb #a3e9b280
 def stack(
     depth: int,  # number of blocks
-    **block,  # the arguments of `Block`
+    *,
+    dim: int,  # token width D
+    num_heads: int,  # heads per block, each D / num_heads wide
+    heads: Sequence[int] | None = None,  # heads of each block, where some have been removed
+    hidden: Sequence[int] | None = None,  # MLP channels of each block, in place of mlp_ratio
+    **block,  # the other arguments of `Block`
 ) -> nn.Sequential:  # blocks named 0, 1, …
-    "`depth` blocks of one kind, one after the other."
-    return nn.Sequential(*(Block(**block) for _ in range(depth)))
+    "`depth` blocks, one after the other."
+    width = None if heads is None else dim // num_heads
+    heads, hidden = heads or [num_heads] * depth, hidden or [None] * depth
+    each = [dict(num_heads=n, hidden=m) for n, m in zip(heads, hidden, strict=True)]
+    return nn.Sequential(*(Block(dim=dim, head_dim=width, **one, **block) for one in each))

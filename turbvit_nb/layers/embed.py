@@ -12,9 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/layers/00_embed.ipynb #b68d76e7
+# %% ../../nbs/layers/00_embed.ipynb #08e220b3
 class TubeletConv(nn.Conv3d):
-    "An `nn.Conv3d` with stride = kernel, computed as one matrix product: (B, C, T, H, W) → (B, L, D) tokens, L in the order (t, h, w)."
+    "An `nn.Conv3d` with stride = kernel as one matrix product: (B, C, T, H, W) → (B, L, D), L in the order (t, h, w)."
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ def time_positions(
     t: int,  # number of times
     dim: int,  # features, even
 ) -> Tensor:  # (t, dim), float32
-    "Sine-cosine code of the times 0…`t`−1 with geometric frequencies from 1 to 1/100 ([Vaswani et al. 2017](https://arxiv.org/abs/1706.03762), a shorter range)."
+    "Sine-cosine code of the times 0…`t`−1, frequencies geometric from 1 to 1/100 (Vaswani et al. 2017, a shorter range)."
     rate = 100.0 ** -(torch.arange(dim // 2) / max(dim // 2, 1))
     phase = torch.arange(t)[:, None] * rate
     return torch.cat([phase.cos(), phase.sin()], -1)
@@ -99,7 +99,7 @@ def spacetime_positions(
     w: int,  # columns of tokens
     dim: int,  # features per token, even
 ) -> Tensor:  # (t · h · w, dim), float32
-    "Positions of tokens in the order (t, h, w): a quarter of the features for the time if there are several, the rest periodic in space."
+    "Positions of tokens in the order (t, h, w): with several times a quarter of the features for the time, else all for space."
     if t == 1:
         return torus_positions(h, w, dim)
     share = dim // 8 * 2
