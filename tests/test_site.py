@@ -8,7 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from turbvit_nb.lab.site import Line, build, check_site, render, runs_table
+from turbvit_nb.lab.checkpoints import parse_name
+from turbvit_nb.lab.index import Row, runs_table
+from turbvit_nb.lab.site import build
+from turbvit_nb.lab.site_check import check_site, render
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,8 +104,9 @@ def test_the_table_sorts_and_filters_in_a_browser(tmp_path, browser):
     "With the network cut off: clicks sort, numbers as numbers with empty cells last; words and menus filter; nothing is complained of."
     facts = lambda model: {"model": model, "flow": "Re 1000, β 20", "grid": "64²", "seed": 0, "date": "2026-01-01", "state": "done"}
     skill = lambda value: {("short_analysis", "horizon"): value}
-    lines = [Line("vit", "best", facts("ViT"), skill(9.0)), Line("vit", "prune1_remaining_50.0", facts("ViT"), skill(float("inf"))),
-             Line("unet", "best", facts("UNet"), skill(41.0)), Line("young", "", facts("UNet"))]
+    scored = lambda run, name, model, value: Row(run, name, parse_name(name), facts(model), skill(value))
+    lines = [scored("vit", "best", "ViT", 9.0), scored("vit", "prune1_remaining_50.0", "ViT", float("inf")),
+             scored("unet", "best", "UNet", 41.0), Row("young", "", None, facts("UNet"))]
     (tmp_path / "page.html").write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{runs_table(lines)}</body>', encoding="utf-8")
     page, said = browser.new_page(), []
     page.on("console", lambda message: said.append(message.text))
@@ -124,3 +128,93 @@ def test_the_table_sorts_and_filters_in_a_browser(tmp_path, browser):
     assert page.locator("tbody a").first.get_attribute("href") == "runs/vit/index.html"
     assert said == []
     page.close()
+
+
+def test_the_index_needs_no_nbdev():
+    "Who lists runs has no use for the tools of the workshop."
+    code = "import turbvit_nb.lab.index, sys; assert 'nbdev' not in sys.modules and 'execnb' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def picture_cell(source: str, alt: str = "") -> nbformat.NotebookNode:
+    "A cell that shows a picture, with what Jupyter has for who cannot see it."
+    metadata = {"image/png": {"alt": alt}} if alt else {}
+    shown = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0KGgo="}, metadata=metadata)
+    return nbformat.v4.new_code_cell(source, outputs=[shown])
+
+
+def test_pictures_speak(tmp_path):
+    "The text of a picture reaches the cell, where Quarto reads it, and the page; a picture without one is a fault."
+    nbs = small_site(tmp_path / "nbs")
+    cells = [nbformat.v4.new_markdown_cell("# Home\\n\\n> Start."), picture_cell("show(x)", "a wave")]
+    for extra, wanted in (([], 0), ([picture_cell("bare(x)")], 2)):
+        nbformat.write(nbformat.v4.new_notebook(cells=[*cells, *extra]), nbs / "index.ipynb")
+        assert build(tmp_path / "proc", tmp_path / "nothing", nbs) == []
+        render(tmp_path / "proc", tmp_path / "html")
+        found = check_site(tmp_path / "proc", tmp_path / "html")
+        assert len(found) == wanted and all("picture" in line or "bare(x)" in line for line in found), found
+        sources = [cell.source for cell in nbformat.read(tmp_path / "proc/index.ipynb", 4).cells]
+        assert '#| fig-alt: "a wave"\\nshow(x)' in sources
+        assert 'alt="a wave"' in (tmp_path / "html/index.html").read_text()
+
+
+def test_a_section_shows_its_keys(tmp_path):
+    "The page of a chapter has a table of the keys of its section: name, type, default and the comment beside it."
+    from turbvit_nb.lab.site import keys_table, write_page
+    from turbvit_nb.prune import PruningConfig
+
+    keys = {row["key"]: row for row in keys_table(PruningConfig).rows}
+    assert set(keys) == set(PruningConfig.model_fields) and all(row["meaning"] for row in keys.values())
+    assert keys["score_batches"]["type"] == "int, > 0" and keys["score_batches"]["default"] == "16"
+    assert keys["prune_schedule"]["default"] == "required"
+    nb = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell("#| default_exp prune"), nbformat.v4.new_markdown_cell("# Pruning\\n\\n> Less."),
+        nbformat.v4.new_code_cell("from turbvit_nb.prune import PruningConfig"), nbformat.v4.new_code_cell("show_doc(PruningConfig)")])
+    source = ROOT / "nbs" / ".keys.ipynb"  # where nbdev finds its settings
+    nbformat.write(nb, source)
+    try:
+        write_page(source, tmp_path / "keys.ipynb")
+    finally:
+        source.unlink()
+    page = nbformat.read(tmp_path / "keys.ipynb", 4)
+    text = "".join(str(output) for cell in page.cells for output in cell.get("outputs", []))
+    assert "| `score_batches` | int, > 0 | `16` |" in text and "keys:Any" not in text
+    assert any("turbvit_nb/prune.py" in cell.source for cell in page.cells)
+
+
+def test_the_scorecard_is_shown_where_a_page_asks(tmp_path):
+    "The landing page's scorecard has a row per model, and a sign and a word beside every colour."
+    from turbvit_nb.lab.index import read_scorecard
+
+    nbs, runs = small_site(tmp_path / "nbs"), tmp_path / "runs"
+    os.makedirs(runs)
+    os.symlink(ROOT / "runs/reference_vit", runs / "reference_vit")
+    texts = ["# Home\\n\\n> Start.", "<!-- scorecard reference_vit -->"]
+    cells = [nbformat.v4.new_markdown_cell(text) for text in texts]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), nbs / "index.ipynb")
+    build(tmp_path / "proc", runs, nbs)
+    render(tmp_path / "proc", tmp_path / "html")
+    page, card = (tmp_path / "html/index.html").read_text(), read_scorecard(ROOT / "runs/reference_vit")
+    assert len(card) == 4 and page.count('<th scope="row"') == 4
+    marks = [cell["mark"] for row in card for cell in row["cells"]]
+    assert page.count('aria-label="chance explains it"') == marks.count("ok") > 0
+    assert page.count('aria-label="far beyond chance"') == marks.count("far") > 0
+
+
+@pytest.mark.parametrize("report", sorted((ROOT / "runs").glob("reference_*/[0-9]*.ipynb")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_committed_reports_hold_the_run(report):
+    "Title, parameters and the section Run: no exported code, no word of the smoke job, and the commit it was made at."
+    nb = nbformat.read(report, 4)
+    assert not any("#| export" in cell.source for cell in nb.cells)
+    assert not any("smoke" in cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    commit = nb.metadata["made_at"]
+    assert f"commit `{commit}`" in nb.cells[0].source
+    asked = subprocess.run(["git", "cat-file", "-t", commit], cwd=ROOT, capture_output=True, text=True)
+    assert asked.stdout.strip() == "commit" or "shallow" in subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, text=True).stdout + "shallow"
+
+
+def test_films_and_explorers_are_not_in_git():
+    "They are made by a command, and large."
+    files = subprocess.run(["git", "ls-files", "runs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not [file for file in files if file.endswith((".gif", ".mp4", ".html"))]

@@ -2,7 +2,7 @@
 
     python tools/site.py docs               the site, in _docs (needs Quarto)
     python tools/site.py check              plain HTML of every page in _proc/_html, and every fault in it, one line each
-    python tools/site.py publish runs/vit   make the reports of a run fit to be committed
+    python tools/site.py publish runs/vit   cut the reports of a run down to its own part, fit to be committed
 """
 import argparse
 import os
@@ -14,10 +14,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def explorers(runs: Path | None) -> None:
+    "Make the explorer of every run that has what it shows; say which have not."
+    from turbvit_nb.explore import explore
+    from turbvit_nb.lab.config import LabError
+    from turbvit_nb.lab.index import find_runs
+
+    for folder in find_runs(runs):
+        if not any((folder / "short_analyses").glob("*.nc")):
+            print(f"{folder.name}: no short analyses here, so no explorer on its page")
+            continue
+        try:
+            explore([folder])
+        except LabError as error:
+            print(f"{folder.name}: no explorer on its page: {error}")
+
+
 def docs(target: Path, runs: Path | None) -> list[str]:
     "Build the site and have Quarto render it into `_docs`."
     from turbvit_nb.lab.site import build
 
+    explorers(runs)
     if faults := build(target, runs):
         return faults
     subprocess.run(["quarto", "render", "--no-execute", "--no-cache"], cwd=target, check=True)
@@ -28,12 +45,15 @@ def docs(target: Path, runs: Path | None) -> list[str]:
 
 def check(target: Path, runs: Path | None) -> list[str]:
     "Build the site, render it as plain HTML and read every page."
-    from turbvit_nb.lab.site import build, check_site, render
+    from turbvit_nb.lab.site import build
+    from turbvit_nb.lab.site_check import check_site, figures_without, render
 
     faults = build(target, runs)
     pages = render(target, target / "_html")
     faults += check_site(target, target / "_html")
     print(f"{len(pages)} pages in {target / '_html'}, {len(faults)} faults")
+    if uncaptioned := figures_without(target, "fig-cap"):
+        print(f"{len(uncaptioned)} pictures have no caption (no fault): #| fig-cap in their cells would give them one")
     return faults
 
 
