@@ -24,7 +24,7 @@ sections = {
     "distillation": "prune:DistillationConfig",
     "inference": "inference:InferenceConfig",
     "analysis": "short_analysis:AnalysisConfig",
-    "compare": "compare:CompareConfig",
+    "compare": "study.entries:CompareConfig",
 }
 
 setup(

@@ -12,6 +12,7 @@ __all__ = ['MARKS', 'FAR', 'SIGNS', 'chance_mark', 'ratio_to_chance', 'Cell', 'p
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 import xarray as xr
@@ -36,7 +37,6 @@ from turbvit_nb.study.entries import (
 )
 
 # %% ../../nbs/study/02_verdict.ipynb #4b67a0f9
-from ..long_analysis import chance_points, climate_distances, distance_intervals
 from ..short_analysis import curve, horizons
 
 # %% ../../nbs/study/02_verdict.ipynb #af191557
@@ -88,9 +88,14 @@ def time_text(ends: Sequence[float], unit: float, last: float) -> str:
     return said[0] if "?" in said[1:] else f"{said[0]} [{said[1]}, {said[2]}]"
 
 
-def horizon_text(scores: xr.Dataset, field: str = "u", criterion: str | None = HEADLINE) -> str:
+def horizon_text(
+    scores: xr.Dataset,
+    field: str = "u",
+    criterion: str | None = HEADLINE,
+    forecast: str = "emulator",
+) -> str:
     "The horizon of a forecast by a criterion, as `time_text`."
-    ends = horizons(scores, field, criterion=criterion)
+    ends = horizons(scores, field, forecast, criterion)
     return time_text(ends, scores.attrs["step"], float(scores.lead_time[-1]))
 
 # %% ../../nbs/study/02_verdict.ipynb #274ce121
@@ -130,13 +135,13 @@ def bias_cell(entry: Entry, name: str) -> Cell:
     return Cell(name, *ends, chance_mark(ratio_to_chance(*ends)), percent(*ends))
 
 
-def jets_cell(entry: Entry, found: Mapping, chance: Mapping, intervals: Mapping) -> Cell:
+def jets_cell(entry: Entry) -> Cell:
     "The distance of the mean zonal flow, relative to its strength."
     name = "zonal flow (relative)"
-    if name not in found:
+    if name not in entry.distances:
         return Cell("jets")
-    value, usual = found[name], chance.get(name, math.nan)
-    ends = intervals.get(name, (math.nan, math.nan))
+    value, usual = entry.distances[name], entry.chance.get(name, math.nan)
+    ends = entry.intervals.get(name, (math.nan, math.nan))
     text = f"{percent(value, *ends, '')}; chance < {100 * usual:.2g} %"
     return Cell("jets", value, *ends, chance_mark(value / usual), text)
 
@@ -171,13 +176,15 @@ def _extreme_cell(
     period: float,
     mine: Sequence[float],  # the level and the ends of its interval
     true: Sequence[float],
+    many: int = 1,  # of how many it is one
 ) -> tuple[float, Cell]:
     "The ratio to chance of one return level's error, and its cell, in parts of the true level."
     apart = (mine[0] - true[0]) / true[0]
     low, high = sorted(((mine[1] - true[2]) / true[0], (mine[2] - true[1]) / true[0]))
-    ratio = abs(mine[0] - true[0]) / math.hypot(
-        *(side[2] - side[0] if other[0] > side[0] else side[0] - side[1]
-          for side, other in ((mine, true), (true, mine))))
+    toward = [side[2] - side[0] if other[0] > side[0] else side[0] - side[1]
+              for side, other in ((mine, true), (true, mine))]
+    wider = NormalDist().inv_cdf(1 - 0.025 / many) / NormalDist().inv_cdf(0.975)
+    ratio = abs(mine[0] - true[0]) / (wider * math.hypot(*toward))
     text = f"{100 * apart:+.1f} % ({extreme.replace('omega', 'ω')} of {period:g} time units)"
     return ratio, Cell("extremes", apart, low, high, chance_mark(ratio), text)
 
@@ -187,7 +194,8 @@ def extremes_cell(entry: Entry) -> Cell:
     if "extreme" not in entry.climate.coords:
         return Cell("extremes")
     found = {extreme: _levels(entry, extreme) for extreme in entry.climate.extreme.values.tolist()}
-    judged = [_extreme_cell(extreme, *levels) for extreme, levels in found.items() if levels]
+    found = {extreme: levels for extreme, levels in found.items() if levels}
+    judged = [_extreme_cell(extreme, *levels, len(found)) for extreme, levels in found.items()]
     judged = [(ratio, cell) for ratio, cell in judged if math.isfinite(ratio)]
     if not judged:
         return Cell("extremes", text="records too short")
@@ -197,12 +205,10 @@ def extremes_cell(entry: Entry) -> Cell:
 def score_cells(entry: Entry, best: Entry | None) -> list[Cell]:
     "The row of one entry."
     first = horizon_cell(entry, best) if best is not None else Cell("horizon")
-    if entry.climate is None or entry.truth is None:
+    if not entry.has_climate:
         return [first, *(Cell(what) for what in (*BUDGETED, "jets", "extremes"))]
-    data = entry.climate, entry.truth
-    about = climate_distances(*data), chance_points(*data[::-1]), distance_intervals(*data)
     biases = [bias_cell(entry, name) for name in BUDGETED]
-    return [first, *biases, jets_cell(entry, *about), extremes_cell(entry)]
+    return [first, *biases, jets_cell(entry), extremes_cell(entry)]
 
 
 def score_rows(entries: Sequence[Entry]) -> list[dict]:
@@ -252,7 +258,8 @@ def _stretches(ranges: Sequence[tuple[int, int]], count: int, summary: dict) -> 
     if len(ranges) > 3:
         return f"at {count} of {summary['leads']} leads between steps {ranges[0][0]} and {ranges[-1][1]}"
     said = [f"{a}" if a == b else f"{a} to {b}" for a, b in ranges]
-    return f"at step{'s' * (count > 1)} {' and '.join(said)} of {summary['leads']}"
+    listed = " and ".join([", ".join(said[:-1])] * (len(said) > 1) + said[-1:])
+    return f"at step{'s' * (count > 1)} {listed} of {summary['leads']}"
 
 
 def share_text(ends: Sequence[float]) -> str:
@@ -337,7 +344,7 @@ def climate_finding(entry: Entry, control: Entry) -> Finding:
     "What pruning did to the climate: means, and every distance from the truth."
     told, about = f"{entry.label} against its control", "pruning: climate"
     unknown = lambda why: Finding("unknown", about, f"{told}: nothing is known of the climate, for {why}.")
-    if entry.climate is None or control.climate is None or entry.truth is None:
+    if control.climate is None or not entry.has_climate:
         return unknown("a long analysis is missing")
     means = {name: climate_bias(entry.climate, entry.truth, name, control.climate) for name in BUDGETED}
     if any(math.isnan(low) for _, low, _ in means.values()):
@@ -391,12 +398,11 @@ def own_climate(entry: Entry) -> Finding:
 
 def _beyond_chance(entry: Entry) -> list[str]:
     "The means and the distances of a climate that chance does not explain."
-    data = entry.climate, entry.truth
-    found, chance = climate_distances(*data), chance_points(*data[::-1])
-    biases = {name: climate_bias(*data, name) for name in BUDGETED}
+    biases = {name: climate_bias(entry.climate, entry.truth, name) for name in BUDGETED}
     far = [f"mean {name} {percent(*ends)}" for name, ends in biases.items() if ratio_to_chance(*ends) > 1]
-    return far + [f"{name} {value:.2g} (chance < {chance[name]:.2g})" for name, value in found.items()
-                  if name.split()[0] not in BUDGETED and value > chance.get(name, math.inf)]
+    chance = {name: entry.chance.get(name, math.inf) for name in entry.distances}
+    return far + [f"{name} {value:.2g} (chance < {chance[name]:.2g})" for name, value in entry.distances.items()
+                  if name.split()[0] not in BUDGETED and value > chance[name]]
 
 # %% ../../nbs/study/02_verdict.ipynb #b6d082e0
 def caveats(entries: Sequence[Entry]) -> list[str]:
@@ -426,6 +432,6 @@ def verdict(
     said = [longest_horizon(scored)] if scored else []
     for entry in entries:
         said += pruning_findings(entry, entries) if entry.role == "pruned" else []
-    said += [own_climate(e) for e in entries if e.climate is not None and e.truth is not None]
+    said += [own_climate(e) for e in entries if e.has_climate]
     said += [Finding("caution", "not supported", f"Not supported: {what}") for what in caveats(entries)]
     return said + [Finding("unknown", "missing", f"Missing: {what}.") for what in missing]
