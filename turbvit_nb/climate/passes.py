@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRETCH', 'switched_on', 'finite_frames', 'stretches', 'part_of', 'accumulate', 'save_kept', 'read_kept', 'joined',
-           'gaps', 'merge_parts', 'in_processes', 'climate_dataset', 'ended_early']
+           'gaps', 'merge_parts', 'part_file', 'read_parts', 'part_about', 'in_processes', 'climate_dataset',
+           'ended_early']
 
 # %% ../../nbs/climate/09_passes.ipynb #5ad99a79
 import json
@@ -32,7 +33,7 @@ from . import laws, means, spectra  # their diagnostics enter the registry
 from .records import Record
 from ..lab.config import LabError
 from ..lab.progress import Meter, note
-from ..lab.runs import atomic
+from ..lab.runs import atomic, result_file
 
 # %% ../../nbs/climate/09_passes.ipynb #3d9b12ae
 def switched_on(config: AnalysisConfig) -> list[str]:
@@ -222,6 +223,44 @@ def merge_parts(
             f"are: set analysis.analysis_length to at most {missing}, or analyse without parts"
         )
     return whole
+
+# %% ../../nbs/climate/09_passes.ipynb #9625e4d2
+def part_file(folder: Path, name: str, part: tuple[int, int]) -> Path:
+    "Where a run keeps part (i, n) of a source."
+    return Path(folder) / "long_analyses" / "parts" / f"{name}.{part[0]}of{part[1]}.npz"
+
+
+def _part_files(folders: Sequence[Path], name: str) -> dict[str, Path]:
+    "All parts of a source in some runs, by file name. Raises `LabError` where they are no whole."
+    place = Path("long_analyses") / "parts"
+    found = {path.name: path for folder in folders for path in (Path(folder) / place).glob(f"{name}.*of*.npz")}
+    counts = {file.rsplit("of", 1)[1] for file in found}
+    if not found:
+        where = ", ".join(map(str, folders))
+        raise LabError(f"analysis.merge: no part of {name} in {where}; analyse it with analysis.part = [i, n] first")
+    total = int(next(iter(counts)).split(".")[0])
+    missing = [i for i in range(1, total + 1) if f"{name}.{i}of{total}.npz" not in found]
+    if len(counts) > 1 or missing:
+        lacks = ", ".join(map(str, missing)) or "alike"
+        raise LabError(f"analysis.merge: the parts of {name} do not make a whole; of {total}, there is none numbered {lacks}")
+    return dict(sorted(found.items()))
+
+
+def read_parts(
+    folders: Sequence[Path],  # of the runs that hold them
+    name: str,  # of the source
+    setting: Setting,
+) -> tuple[list[dict[str, Diagnostic]], set[str]]:
+    "The parts of a source, and what they say they are parts of. Raises `LabError` where one is missing."
+    remedy, read = "delete it and analyse that part again", lambda path: read_kept(path, setting)
+    parts = [result_file(path, read, remedy) for path in _part_files(folders, name).values()]
+    return [part for part, _ in parts], {about for _, about in parts}
+
+
+def part_about(path: Path) -> str:
+    "What a part says it is one of; nothing else of it is read."
+    with np.load(path) as kept:
+        return str(kept["about"])
 
 # %% ../../nbs/climate/09_passes.ipynb #614816b8
 def _take_share(target: Path, records: Sequence[Record], setting: Setting, part: tuple, parent: int) -> None:
