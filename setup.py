@@ -23,7 +23,7 @@ sections = {
     "finetuning": "prune:FinetuningConfig",
     "distillation": "prune:DistillationConfig",
     "inference": "inference:InferenceConfig",
-    "analysis": "short_analysis:AnalysisConfig",
+    "analysis": "climate.keys:AnalysisConfig",
     "compare": "compare:CompareConfig",
 }
 

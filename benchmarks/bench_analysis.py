@@ -25,10 +25,12 @@ import torch
 
 from fields import packed_run
 from turbvit_nb.inference import RolloutWriter, open_rollout
-from turbvit_nb.long_analysis import Record, Setting, accumulate, block_frames, climate_dataset, rollout_record, side_by_side, switched_on, truth_record
+from turbvit_nb.climate.diagnostics import Setting, block_frames
+from turbvit_nb.climate.keys import AnalysisConfig
+from turbvit_nb.climate.passes import accumulate, climate_dataset, in_processes, switched_on
+from turbvit_nb.climate.records import Record, rollout_record, truth_record
 from turbvit_nb.physics.py2d import Regime, TreeWriter, find_runs, open_store
 from turbvit_nb.physics.spectral import grid
-from turbvit_nb.short_analysis import AnalysisConfig
 
 POINTS = 2**18  # of one field in a piece of at least 8 frames, as in the analysis
 
@@ -94,7 +96,7 @@ def speed(side: int, frames: int, rounds: int, each: bool, workers: int) -> None
             took = {name: min(times) for name, times in zip(jobs, zip(*[[seconds(job, time.process_time) / frames * 1e6 for job in jobs.values()] for _ in range(rounds)]))}
             shown = "  ".join(f"{took[name]:8.1f}" for name in ("read", "f64", "f32", "all"))
             long = again(record)
-            timed = [lambda: floor([long], torch.float64), lambda: side_by_side([long], setting_for([long]), workers=workers)]
+            timed = [lambda: floor([long], torch.float64), lambda: in_processes([long], setting_for([long]), workers=workers)]
             base, shared = (min(times) for times in zip(*[[seconds(job, time.perf_counter) / len(long) * 1e6 for job in timed] for _ in range(2)]))
             print(f"{side:4}² {kind:>8}  {shown}   {took['f64'] / took['all']:5.2f} {took['f32'] / took['all']:5.2f} {base:9.1f} {shared:9.1f} {base / shared:5.2f}", flush=True)
             for name in switched_on(setting.config) if each else ():

@@ -12,11 +12,14 @@ import torch
 import xarray as xr
 
 from fields import independent_flows
-from turbvit_nb.long_analysis import (
-    EXTREMES, Diagnostic, Record, Setting, accumulate, array_record, bin_ranges, block_frames, chance_points, climate_dataset, climate_distances, extreme_words, judged_by,
-)
+from turbvit_nb.climate.diagnostics import Diagnostic, Setting, bin_ranges, block_frames
+from turbvit_nb.climate.distances import chance_points, climate_distances
+from turbvit_nb.climate.extremes import EXTREMES
+from turbvit_nb.climate.keys import AnalysisConfig
+from turbvit_nb.climate.passes import accumulate, climate_dataset
+from turbvit_nb.climate.records import Record, array_record
+from turbvit_nb.climate.verdict import extreme_words
 from turbvit_nb.physics.py2d import Regime
-from turbvit_nb.short_analysis import AnalysisConfig
 
 NAMES = ["energetics", "spectra", "PDF_U", "PDF_Omega", "zonal_mean", "symmetry", "return_period"]
 
@@ -51,7 +54,7 @@ def main() -> None:
         for j in range(len(groups)):
             if i == j:
                 continue
-            other = climate_of(kept[j], groups[j], judged_by(setting, true))
+            other = climate_of(kept[j], groups[j], setting.with_truth(true))
             for name, value in climate_distances(other, true).items():
                 alarms.setdefault(name, []).append((i, value > chance[name], value / chance[name]))
             told = extreme_words(other, true)

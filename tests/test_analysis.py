@@ -15,32 +15,22 @@ import scipy.stats
 import torch
 import xarray as xr
 
+from turbvit_nb.climate.diagnostics import Setting, bin_ranges, block_frames
+from turbvit_nb.climate.distances import chance_distances, climate_distances, read_long
+from turbvit_nb.climate.keys import AnalysisConfig
+from turbvit_nb.climate.passes import accumulate, climate_dataset, in_processes, merge_parts
+from turbvit_nb.climate.records import Record, rollout_record, truth_records
 from turbvit_nb.compare import compare
 from turbvit_nb.datasets import DatasetConfig, open_dataset
 from turbvit_nb.inference import infer, open_rollouts
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import open_run
-from turbvit_nb.long_analysis import (
-    Record,
-    Setting,
-    accumulate,
-    bin_ranges,
-    block_frames,
-    chance_distances,
-    climate_dataset,
-    climate_distances,
-    long_analysis,
-    merge_parts,
-    read_long,
-    rollout_record,
-    side_by_side,
-    truth_records,
-)
+from turbvit_nb.long_analysis import long_analysis
 from turbvit_nb.model import load_emulator, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, find_runs, open_store
 from turbvit_nb.physics.spectral import Grid
 from turbvit_nb.prune import prune
-from turbvit_nb.short_analysis import AnalysisConfig, horizons, short_analysis
+from turbvit_nb.short_analysis import horizons, short_analysis
 from turbvit_nb.train import train
 
 N = 16
@@ -232,7 +222,6 @@ def test_every_switch_of_the_analysis_switches(study):
 
 MISTAKES = {
     "analysis.PC_autocorr_nlags=60": "PC_autocorr_nlags = 60 needs more frames than that; a record of truth has 60",
-    "analysis.extreme_block=5.0": "extreme_block = 5 time units needs three blocks",
     "analysis.eof_ncomp=17": "profiles of 16 points have 1 to 16 EOFs",
     'analysis.inference_dir="/nowhere"': "no rollout in /nowhere; run the inference first, or set analysis.inference_dir",
 }
@@ -252,6 +241,24 @@ def test_mistakes_cost_one_line(study, home):
     with pytest.raises(LabError, match="there is no run prunde"):
         (home / "c.toml").write_text('output_dir = "c"\n[compare]\nruns = ["prunde"]\n')
         go(home / "c.toml", "compare", compare)
+
+
+def test_a_block_of_extremes_longer_than_the_record_costs_one_fit(study, capsys, monkeypatch):
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
+    climates = go(study["pruned"], "long_analysis", long_analysis, *SOUND, "analysis.extreme_block=5.0")
+    told = capsys.readouterr()
+    assert "extreme_block = 5 time units needs three blocks" in told.out + told.err
+    best = climates["best"]
+    assert best.gev_level.isnull().all() and np.isfinite(best.event_rate).all()
+    assert all(name in best for name in ("mean", "zonal_mean", "eof", "pdf_u", "energy_spectrum", "energy_budget"))
+
+
+def test_a_climate_says_of_which_checkpoint_it_is(study):
+    best, pruned = (climate.attrs for name, climate in read_long(study["pruned"]).items() if name != "truth")
+    assert (best["checkpoint"], best["checkpoint_role"], best["checkpoint_stage"]) == ("best", "dense", 0)
+    assert (pruned["checkpoint"], pruned["checkpoint_role"], pruned["checkpoint_stage"]) == ("prune1_remaining_50.0", "pruned", 1)
+    assert pruned["checkpoint_remaining"] == pytest.approx(50)
+    assert "checkpoint" not in read_long(study["pruned"])["truth"].attrs
 
 
 def test_a_climatology_that_knows_the_test_frames_is_refused(study):
@@ -400,7 +407,7 @@ def test_parts_of_a_pass_merge_to_one_pass(study, data, parts):
 def test_processes_of_one_pass_merge_and_a_killed_one_is_named(data):
     records, job = trajectories(data, [1, 2]), os.getpid()
     setting = Setting(AnalysisConfig(), 0.1, torch.zeros(3, N, N), bin_ranges(records), block=block_frames(records), regime=Regime(200, 0, 4, 0.1, 20.0, NX=N))
-    whole, shared = accumulate(records, setting), side_by_side(records, setting, workers=3)
+    whole, shared = accumulate(records, setting), in_processes(records, setting, workers=3)
     for name, part in whole.items():
         for series in part.series:
             for mine, theirs in zip(part.rows(series), shared[name].rows(series)):
@@ -409,7 +416,7 @@ def test_processes_of_one_pass_merge_and_a_killed_one_is_named(data):
             np.testing.assert_allclose(shared[name].mean(sums), part.mean(sums), rtol=1e-10, atol=1e-10)
     deadly = [replace(record, read=lambda a, b, record=record: record.read(a, b) if os.getpid() == job else os.kill(os.getpid(), signal.SIGKILL)) for record in records]
     with pytest.raises(LabError, match="a process of the long analysis was killed"):
-        side_by_side(deadly, setting, workers=2)
+        in_processes(deadly, setting, workers=2)
 
 
 def test_jobs_over_parts_make_the_files_that_one_job_makes(study, home):
@@ -453,7 +460,7 @@ def test_what_a_pass_holds_does_not_grow_with_the_record(data):
         diagnostics = accumulate(records, setting).values()
         held = [value for part in diagnostics for kept in part.blocks.values() for _, value in kept.values()]
         sizes.append(sum(value.numel() for value in held))
-        assert sum(len(spool) for part in diagnostics for kept in part.series.values() for spool in kept.values()) > 10 * length
+        assert sum(len(rows) for part in diagnostics for kept in part.series.values() for rows in kept.values()) > 10 * length
     assert sizes[0] == sizes[1]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.tsa.arima_process import ArmaProcess
 
-from turbvit_nb.physics.budgets import Budgets, SymmetryTest, artefact_score, blow_up_time, stationarity
+from turbvit_nb.physics.budgets import Budgets, SymmetryTest, artefact_score, excess_time, stationarity
 from turbvit_nb.physics.metrics import autocorrelation
 from turbvit_nb.physics.py2d import Regime, find_runs, open_store
 from turbvit_nb.physics.solver import Solver, random_vorticity
@@ -393,5 +393,5 @@ def test_real_flow_has_no_outlines_of_patches(py2d_data):
 def test_blow_up_is_found_where_it_begins():
     t = torch.arange(1000) * 0.5
     energy = torch.where(t < 300, 1.0, torch.exp(t - 300))
-    assert blow_up_time(t, energy) == pytest.approx(300 + math.ceil(2 * math.log(10)) / 2)
-    assert blow_up_time(t, energy.clamp(max=5)) == math.inf
+    assert excess_time(t, energy) == pytest.approx(300 + math.ceil(2 * math.log(10)) / 2)
+    assert excess_time(t, energy.clamp(max=5)) == math.inf

@@ -32,7 +32,8 @@ from .lab.plots import Table, beside, curves, forest, interval_text, looks, show
 from .lab.progress import note, progress
 from .lab.runs import Run, atomic, open_run
 from .inference import infer, short_name
-from .long_analysis import chance_points, climate_distances, climate_summary, distance_intervals, long_analysis, read_long, standing, summary_distances
+from .climate.distances import chance_points, climate_distances, climate_summary, distance_intervals, drift_tests, read_long, summary_distances
+from .long_analysis import long_analysis
 from .model import Emulator, card, load_emulator
 from .prune import prune
 from .physics.metrics import horizon
@@ -159,7 +160,7 @@ def climate_bias(
 # %% ../nbs/07_compare.ipynb #69d4a064
 def state_of(climate: xr.Dataset) -> str:
     "`stationary`, `too short` to tell, or `drifts in energy`, over the records of a climate."
-    told = {name: found.verdict for name, found in standing(climate).items()}
+    told = {name: found.verdict for name, found in drift_tests(climate).items()}
     drifting = [name for name, verdict in told.items() if verdict == "drifts"]
     return f"drifts in {' and '.join(drifting)}" if drifting else "stationary" if set(told.values()) == {"stationary"} else "too short"
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'frame_terms', 'right_hand_side', 'Budgets', 'shifted', 'symmetry_images', 'SymmetryTest', 'nearest_image',
-           'patch_lines', 'artefact_score', 'Stationarity', 'stationarity', 'blow_up_time']
+           'patch_lines', 'artefact_score', 'Stationarity', 'stationarity', 'excess_time']
 
 # %% ../../nbs/physics/07_budgets.ipynb #ce90f8fd
 import math
@@ -340,7 +340,7 @@ def stationarity(
     "Whether a series (energy, say) drifts over its records: see the class. ValueError for values that are not finite."
     records = [(torch.as_tensor(t).double(), torch.as_tensor(v).double()) for t, v in records]
     if not all(v.isfinite().all() for _, v in records):
-        raise ValueError("a series with values that are not finite has no trend: cut it at its `blow_up_time`")
+        raise ValueError("a series with values that are not finite has no trend: cut it at its `excess_time`")
     found = [_slope(t, v) for t, v in records]
     slope, variance, freedom, memory = torch.tensor([f[:4] for f in found], dtype=torch.float64).unbind(1)
     weight = torch.stack([((t - t.mean()) ** 2).sum() for t, _ in records])
@@ -360,7 +360,7 @@ def stationarity(
     return Stationarity(trend, trend - half, trend + half, change, float(memory.mean()) * step, size, verdict)
 
 # %% ../../nbs/physics/07_budgets.ipynb #f9878813
-def blow_up_time(
+def excess_time(
     times: Tensor,  # (n,)
     values: Tensor,  # (n,) of a positive quantity, such as energy
     usual: float | None = None,  # its usual size; default the median of the finite values of the first tenth of the record
