@@ -1,4 +1,5 @@
 """Pruning: masks that no wrapper sees, and the whole job with its crashes."""
+import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ from torch import nn
 from turbvit_nb import prune as chapter
 from turbvit_nb.compress.criteria import CRITERIA, l1, sample_mean
 from turbvit_nb.compress.masks import HoldMasks, Masks, prunable
-from turbvit_nb.compress.schedules import schedule, select
+from turbvit_nb.compress.schedules import Step, schedule, select
 from turbvit_nb.lab import runs
+from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
 from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, load_emulator, losses
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
-from turbvit_nb.prune import Stages, prune
+from turbvit_nb.prune import Stages, prune, read_pruning
 from turbvit_nb.train import train
 
 
@@ -241,6 +243,7 @@ def test_masks_only_grow(reference):
 def same_end(run_path: Path, reference_path: Path) -> None:
     "Both ended with the same bits."
     ours, theirs = (read_checkpoint(path / "checkpoints" / f"{FINAL}.tar") for path in (run_path, reference_path))
+    assert ours.pop("run")["name"] == run_path.name and theirs.pop("run")["name"] == reference_path.name
     assert equal(ours, theirs)
 
 
@@ -368,10 +371,92 @@ def test_mistakes_take_one_line_before_any_stage(home, tmp_path):
         (dict(more=dict(importance_metric="squisher"), checkpoint_file=str(bare)), "squisher needs the second moment"),
         (dict(checkpoint_file="nothing.tar"), "checkpoint_file = nothing.tar is not there"),
         (dict(distillation=dict(teacher_checkpoint="nowhere.tar")), "teacher_checkpoint = nowhere.tar is not there"),
-        (dict(**wider), "the checkpoint was trained with num_frames = 1, and train_dataset has 2"),
+        (dict(**wider), r"the checkpoint was trained with num_frames = 1, the data of \[train_dataset\] have 2"),
     ]
     for i, (extra, message) in enumerate(cases):
         run = start(home, f"mistake{i}", **extra)
         with pytest.raises(LabError, match=message.replace("(", r"\(")) as caught:
             prune(run)
         assert "\n" not in str(caught.value) and not list(run.checkpoints.glob("prune*"))
+
+
+# What the checkpoints say
+
+
+def test_checkpoints_say_what_they_are(home, reference):
+    path, rows = reference
+    first, second = results_in(path / "checkpoints").values()
+    assert (first.name, first.role, first.stage, first.parent) == (rows[1]["name"], "pruned", 1, "dense/checkpoints/best.tar")
+    assert (second.label, second.stage, second.parent, second.remaining) == ("60 %", 2, first.name, rows[2]["percent"])
+    trained = {p.stem: identify(p) for p in (home / "runs" / "dense" / "checkpoints").glob("*.tar")}
+    assert {name: (i.role, i.stage, i.result) for name, i in trained.items()} == {"best": ("dense", 0, True), "last": ("dense", 0, False)}
+
+
+def test_what_a_stage_keeps_for_a_resume_is_no_result(home, monkeypatch):
+    monkeypatch.setattr(Stages, "tidy", lambda self, step: None)
+    run = start(home, "untidy", dict(prune_schedule=[0.5], epoch_schedule=[1]))
+    prune(run)
+    known = {path.stem: identify(path) for path in run.checkpoints.glob("*.tar")}
+    assert {name: i.result for name, i in known.items()} == {"prune1_best": False, "prune1_last": False, "prune1_remaining_50.0": True}
+    assert {(i.role, i.stage) for i in known.values()} == {("pruned", 1)} and list(results_in(run.checkpoints)) == ["prune1_remaining_50.0"]
+    assert load_emulator(run.checkpoints / "prune1_last.tar").size == 16
+
+
+def test_twelve_stages_stand_in_the_order_of_their_making(home):
+    "Nothing is trained; files are found by what they say, whatever their names."
+    run = start(home, "long", dict(prune_schedule=[0.1] * 12, epoch_schedule=[0] * 12))
+    pruning = read_pruning(run.start_checkpoint())
+    pruning.identity = Identity("best")
+    for index in range(1, 13):
+        step = Step(index, 1 - 0.9**index, 0)
+        pruning.masks = select(pruning.masks, l1(pruning.emulator), step)
+        assert pruning.after(step).parent == pruning.identity.name
+        pruning.identity = pruning.after(step)
+        pruning.rows = [*pruning.rows, {"stage": index, "epochs": 0, "percent": pruning.percent, "name": pruning.identity.name}]
+        write_checkpoint(run.checkpoints / f"{pruning.identity.name}.tar", pruning.state() | {"identity": as_state(pruning.identity)})
+    write_checkpoint(run.checkpoints / "prune3_last.tar", {"identity": as_state(Identity("x", "pruned", 3, result=False))})
+    assert [i.stage for i in results_in(run.checkpoints).values()] == list(range(1, 13))
+    stages = Stages(run, None, None)
+    found = [stages.checkpoint(Step(index, 0.0, 0)) for index in range(1, 14)]
+    assert [identify(path).stage for path in found[:12]] == list(range(1, 13)) and found[12] is None
+    assert found[1].stem.startswith("prune2_") and found[9].stem.startswith("prune10_")
+
+
+def test_masks_that_remove_almost_nothing_are_no_control(home):
+    "99.96 % is 100.0 in a name and not the same as all."
+    run = start(home, "nearly")
+    pruning = read_pruning(run.start_checkpoint())
+    assert pruning.after(Step(1, 0.0, 0)).role == "control"
+    first = next(iter(pruning.masks.values()))
+    first.view(-1)[0] = False
+    identity = pruning.after(Step(1, 0.0, 0))
+    assert identity.role == "pruned" and identity.name in ("prune1_remaining_100.0", "prune1_remaining_99.9")
+
+
+def test_older_checkpoints_are_known_by_their_names(home, reference):
+    "A run whose stages were saved before checkpoints said what they are: found, resumed and shown as before."
+    folder = shutil.copytree(reference[0], home / "runs" / "older")
+    control = start(home, "older_control", dict(prune_schedule=[0.0] * 11, epoch_schedule=[0] * 11))
+    rows = prune(control)
+    control.finish()
+    for path in [*folder.glob("checkpoints/*.tar"), *control.checkpoints.glob("*.tar")]:
+        state = read_checkpoint(path)
+        write_checkpoint(path, {key: value for key, value in state.items() if key not in ("identity", "run")})
+    (folder / "checkpoints" / f"{FINAL}.tar").unlink()  # the second stage is done again, from the first
+    run = open_run(folder, "prune")
+    assert prune(run) == reference[1]
+    run.close()
+    run = start(home, "beside_older", dict(control="older_control"))
+    assert chapter.control_rows(run)[0]["stage"] == 11 and len(rows) == 12
+
+
+def test_a_pruning_leaves_the_stages_of_another_alone(home):
+    shared = dict(checkpoint_dir="stages")
+    first = start(home, "owner", dict(prune_schedule=[0.5], epoch_schedule=[0]), **shared)
+    prune(first)
+    first.finish()
+    second = start(home, "guest", dict(prune_schedule=[0.2], epoch_schedule=[0]), **shared)
+    with pytest.raises(LabError, match=r"holds the checkpoints of run owner \(prune1_remaining_50.0.tar\); give this run another"):
+        prune(second)
+    second.close()
+    assert len(prune(open_run(first.path, "prune"))) == 2

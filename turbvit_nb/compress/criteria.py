@@ -37,8 +37,9 @@ def _one_by_one(model: nn.Module, batch: dict, losses: Losses) -> Scores:
     "Gradients `{name: (B, *shape)}` of the samples of a batch, with one backward pass per sample."
     weights = prunable(model)
     singles = [_rows(batch, i, i + 1) for i in range(_size(batch))]
-    gradients = [torch.autograd.grad(losses(model, one).sum(), list(weights.values())) for one in singles]
-    return {name: torch.stack(of_samples) for name, of_samples in zip(weights, zip(*gradients))}
+    of = lambda one: torch.autograd.grad(losses(model, one).sum(), list(weights.values()))
+    samples = zip(*map(of, singles))
+    return {name: torch.stack(gradients) for name, gradients in zip(weights, samples)}
 
 # %% ../../nbs/compress/01_criteria.ipynb #533e0a83
 class _WithLosses(nn.Module):
@@ -98,9 +99,9 @@ def sample_gradients(
     model: nn.Module,
     batches: Iterable[dict],  # dicts of tensors whose first axis is the sample
     losses: Losses,  # (model, batch) -> (B,)
-    chunk: int | None = None,  # samples whose gradients are held at once; 1 takes them one by one; None: `default_chunk`
+    chunk: int | None = None,  # gradients held at once; 1: one by one; None: `default_chunk`
 ) -> Iterator[Scores]:  # {parameter name: (samples, *shape)}, at most `chunk` samples at a time
-    "The gradient of each sample's own loss with respect to the prunable weights, in evaluation mode."
+    "The gradient of each sample's own loss by the prunable weights, in evaluation mode."
     way, chunk = None, chunk or default_chunk(model)
     with _evaluating(model):
         for batch in batches:
@@ -117,7 +118,8 @@ def sample_mean(
     chunk: int | None = None,  # as in `sample_gradients`
 ) -> Scores:  # {parameter name: tensor of its shape, float64}
     "The mean over all samples of `of(gradient)`. Raises `LabError` if there is no sample."
-    count, sums = 0, {name: torch.zeros_like(p, dtype=torch.float64) for name, p in prunable(model).items()}
+    zeros = lambda p: torch.zeros_like(p, dtype=torch.float64)
+    count, sums = 0, {name: zeros(p) for name, p in prunable(model).items()}
     for gradients in sample_gradients(model, batches, losses, chunk):
         count += len(next(iter(gradients.values())))
         for name, g in gradients.items():
@@ -147,7 +149,8 @@ def random(
 ) -> Scores:  # in [0, 1)
     "Uniform scores: the control that any criterion has to beat."
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in prunable(model).items()}
+    draw = lambda p: torch.rand(p.shape, generator=generator).to(p.device)
+    return {name: draw(p) for name, p in prunable(model).items()}
 
 # %% ../../nbs/compress/01_criteria.ipynb #83a7fe9e
 def taylor(
@@ -171,9 +174,9 @@ def fisher(
     chunk: int | None = None,  # as in `sample_gradients`
     **context,  # not used
 ) -> Scores:  # ≥ 0, float64
-    "Second-order saliency ½⟨gᵢ²⟩w²: optimal brain damage (LeCun et al. 1990) with the empirical Fisher diagonal (Theis et al. 2018)."
-    mean = sample_mean(model, batches, losses, torch.square, chunk)
-    return {name: 0.5 * mean[name] * p.detach().double().square() for name, p in prunable(model).items()}
+    "½⟨gᵢ²⟩w²: optimal brain damage (LeCun et al. 1990), empirical Fisher (Theis et al. 2018)."
+    mean, weights = sample_mean(model, batches, losses, torch.square, chunk), prunable(model)
+    return {name: 0.5 * mean[name] * p.detach().double().square() for name, p in weights.items()}
 
 # %% ../../nbs/compress/01_criteria.ipynb #5cb110c3
 def squisher(
@@ -184,14 +187,16 @@ def squisher(
     optimizer: torch.optim.Optimizer | None = None,  # an Adam that has taken steps on `model`
     **context,  # not used
 ) -> Scores:  # ≥ 0
-    "Second-order saliency ½v̂w² with Adam's bias-corrected second moment (Li et al. 2025). Raises `LabError` without one."
+    "½v̂w² with Adam's bias-corrected second moment (Li et al. 2025). Raises `LabError` without one."
     groups = optimizer.param_groups if optimizer else []
-    beta2 = {id(p): group["betas"][1] for group in groups if "betas" in group for p in group["params"]}
+    adams = [group for group in groups if "betas" in group]
+    beta2 = {id(p): group["betas"][1] for group in adams for p in group["params"]}
     scores = {}
     for name, p in prunable(model).items():
         state = optimizer.state.get(p, {}) if id(p) in beta2 else {}
         if "exp_avg_sq" not in state:
-            raise LabError(f"squisher needs the second moment of an AdamW that has trained {name}; use fisher where there is none")
+            needs = f"squisher needs the second moment of an AdamW that has trained {name}"
+            raise LabError(f"{needs}; use fisher where there is none")
         corrected = state["exp_avg_sq"].double() / (1 - beta2[id(p)] ** float(state["step"]))
         scores[name] = 0.5 * corrected * p.detach().double().square()
     return scores

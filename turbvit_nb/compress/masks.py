@@ -18,11 +18,12 @@ from ..lab.learner import Callback, Learner
 # %% ../../nbs/compress/00_masks.ipynb #f99aa5c8
 def prunable(
     model: nn.Module,
-) -> dict[str, nn.Parameter]:  # in the order of `model.named_modules()`; a weight that two layers share appears once
-    "The weights that pruning may remove, by parameter name: those of every linear and (transposed) convolution layer."
+) -> dict[str, nn.Parameter]:  # in the order of the modules; a weight that two layers share once
+    "The weights of all linear and (transposed) convolution layers, by parameter name."
     found, seen = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and id(module.weight) not in seen:
+        layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        if layer and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found[f"{name}.weight" if name else "weight"] = module.weight
     return found
@@ -60,12 +61,13 @@ class Masks(dict):
 def matched(
     self: Masks,
     model: nn.Module,
-) -> list[tuple[nn.Parameter, Tensor]]:  # (parameter, True where it is pruned), on the parameter's device
-    "Every masked parameter of `model` beside what is pruned of it. Raises `LabError` if a name or a shape does not fit."
+) -> list[tuple[nn.Parameter, Tensor]]:  # (parameter, True where it is pruned), on its device
+    "Every masked parameter of `model` beside what is pruned of it. Raises `LabError` if one misfits."
     parameters = dict(model.named_parameters())
     for name, mask in self.items():
         if name not in parameters:
-            raise LabError(f"the masks name {name}, which the model does not have: they belong to another model")
+            unknown = f"the masks name {name}, which the model does not have"
+            raise LabError(f"{unknown}: they belong to another model")
         if parameters[name].shape != mask.shape:
             shapes = f"{tuple(mask.shape)}, in the model {tuple(parameters[name].shape)}"
             raise LabError(f"{name} has shape {shapes}, so the masks belong to another model")
@@ -98,7 +100,7 @@ class HoldMasks(Callback):
     def __init__(
         self,
         masks: Masks,
-        model: nn.Module,  # the bare model; the learner's may be a wrapper round it that renames the parameters
+        model: nn.Module,  # the bare one; the learner's may be a wrapper that renames the parameters
     ):
         self.masks, self.model = masks, model
 

@@ -31,24 +31,27 @@ class Step:
 
 # %% ../../nbs/compress/02_schedules.ipynb #f8383ca5
 def schedule(
-    prune_schedule: Sequence[float],  # fraction of the remaining prunable weights that each step removes
+    prune_schedule: Sequence[float],  # share of the remaining prunable weights that each step removes
     epoch_schedule: Sequence[int],  # epochs of finetuning after each step
     gone: float = 0.0,  # fraction that is pruned before the first step
 ) -> list[Step]:  # one per entry
-    "The steps of an iterative pruning, with absolute targets. Raises `LabError` on a schedule that cannot be carried out."
+    "The steps of an iterative pruning. Raises `LabError` on a schedule that cannot be carried out."
     if not prune_schedule:
-        raise LabError("prune_schedule is empty: give one fraction per step, zeros for a control without pruning")
+        raise LabError("prune_schedule is empty: give one fraction per step, zeros for a control")
     if len(prune_schedule) != len(epoch_schedule):
         counts = f"{len(prune_schedule)} steps and epoch_schedule {len(epoch_schedule)}"
         raise LabError(f"prune_schedule has {counts}: give one number of epochs per step")
     for fraction in prune_schedule:
         if not 0 <= fraction < 1:
-            raise LabError(f"prune_schedule holds {fraction}: a step removes a fraction of what remains, from 0 to below 1")
+            rule = "a step removes a fraction of what remains, from 0 to below 1"
+            raise LabError(f"prune_schedule holds {fraction}: {rule}")
     for epochs in epoch_schedule:
         if epochs < 0:
             raise LabError(f"epoch_schedule holds {epochs}: epochs of finetuning are 0 or more")
-    _, *remaining = accumulate(prune_schedule, lambda left, fraction: left * (1 - fraction), initial=1 - gone)
-    return [Step(i, 1 - left, epochs) for i, (left, epochs) in enumerate(zip(remaining, epoch_schedule), 1)]
+    less = lambda left, fraction: left * (1 - fraction)
+    _, *remaining = accumulate(prune_schedule, less, initial=1 - gone)
+    pairs = enumerate(zip(remaining, epoch_schedule), 1)
+    return [Step(i, 1 - left, epochs) for i, (left, epochs) in pairs]
 
 # %% ../../nbs/compress/02_schedules.ipynb #c33df0cb
 def lowest(
@@ -69,10 +72,13 @@ class Unit:
     "What is kept or removed as one piece."
 
     pool: Callable[[Tensor], Tensor]  # scores of one parameter, of its shape -> scores of its units (n,)
-    spread: Callable[[Tensor, Size], Tensor]  # bool (n,), the shape of the parameter -> bool of that shape
+    spread: Callable[[Tensor, Size], Tensor]  # bool (n,), a parameter's shape -> bool of that shape
 
 
-weight = Unit(pool=lambda scores: scores.reshape(-1), spread=lambda kept, shape: kept.reshape(shape))
+weight = Unit(
+    pool=lambda scores: scores.reshape(-1),
+    spread=lambda kept, shape: kept.reshape(shape),
+)
 
 # %% ../../nbs/compress/02_schedules.ipynb #c34f0ad0
 def whole_model(names: list[str]) -> list[list[str]]:
@@ -95,10 +101,11 @@ def select(
     unit: Unit = weight,
     scope: Callable[[list[str]], list[list[str]]] = whole_model,
 ) -> Masks:  # new masks; everything pruned in `masks` is pruned in them
-    "The masks after one step: in each group of the scope exactly `step.count` units are gone, the lowest. Raises `LabError`."
+    "Masks with exactly `step.count` units gone in each group, the lowest. Raises `LabError`."
     for name in masks:
         if name not in scores or not scores[name].isfinite().all():
-            raise LabError(f"the scores of {name} are missing or not finite: the model may have diverged")
+            wrong = f"the scores of {name} are missing or not finite"
+            raise LabError(f"{wrong}: the model may have diverged")
     chosen = Masks()
     for group in scope(list(masks)):
         chosen |= _select_group({name: masks[name] for name in group}, scores, step, unit)
@@ -112,6 +119,8 @@ def _select_group(masks: dict, scores: dict, step: Step, unit: Unit) -> dict[str
     sizes, flat = [len(s) for s in pooled], torch.cat(pooled)
     gone, k = int(flat.isneginf().sum()), step.count(len(flat))
     if gone > k:
-        raise LabError(f"{gone} of {len(flat)} are already pruned and step {step.index} wants {k}: pruned weights do not return")
+        counts = f"{gone} of {len(flat)} are already pruned and step {step.index} wants {k}"
+        raise LabError(f"{counts}: pruned weights do not return")
     kept = (~lowest(flat, k)).split(sizes)
-    return {name: unit.spread(part, mask.shape) for (name, mask), part in zip(masks.items(), kept)}
+    parts = zip(masks.items(), kept)
+    return {name: unit.spread(part, mask.shape) for (name, mask), part in parts}

@@ -108,6 +108,13 @@ def position(self: Learner) -> float:
 
 
 @patch(as_prop=True)
+def step_start(self: Learner) -> float:
+    "The position where the optimizer's step at hand began: what a schedule goes by."
+    first = self.batch_index - self.batch_index % self.accumulate
+    return self.epoch + first / max(len(self.batches), 1)
+
+
+@patch(as_prop=True)
 def done(self: Learner) -> bool:
     "Whether training is complete: after all epochs, or when a callback found that more are of no use."
     return self.early or self.epoch >= self.epochs
@@ -292,7 +299,7 @@ class Warmup(Callback):
 
     def before_batch(self, learner: Learner) -> None:
         "Set the factor for this step."
-        done = min(learner.position / self.epochs, 1.0) if self.epochs else 1.0
+        done = min(learner.step_start / self.epochs, 1.0) if self.epochs else 1.0
         learner.lr_factors["warmup"] = self.start_factor + (1 - self.start_factor) * done
 
 # %% ../../nbs/lab/04_learner.ipynb #94d0dec3
@@ -347,7 +354,8 @@ class Cosine(Callback):
 
     def before_batch(self, learner: Learner) -> None:
         "Set the factor for this step."
-        done = min(max(learner.position - self.wait, 0) / max(learner.epochs - self.wait, 1e-9), 1.0)
+        past, length = learner.step_start - self.wait, learner.epochs - self.wait
+        done = min(max(past, 0) / max(length, 1e-9), 1.0)
         learner.lr_factors["cosine"] = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 # %% ../../nbs/lab/04_learner.ipynb #86ae62e8
