@@ -43,8 +43,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/06_long_analysis.ipynb #5dddbca7
+from .climate.rollouts import Rollout, open_rollout
 from .datasets import FrameDataset, check_disjoint, climatology, ensure_data, open_dataset
-from .inference import Rollout, infer, open_rollout, short_name
+from .inference import infer, short_name
 from .lab.config import LabError, run_folder
 from .lab.plots import Table, beside, curves, drawn_over, field_strip, hovmoller, interval_text, looks, show, spectra
 from .lab.progress import Meter, note
