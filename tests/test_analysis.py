@@ -15,9 +15,10 @@ import scipy.stats
 import torch
 import xarray as xr
 
+from turbvit_nb.climate.rollouts import open_rollouts
 from turbvit_nb.compare import compare
 from turbvit_nb.datasets import DatasetConfig, open_dataset
-from turbvit_nb.inference import infer, open_rollouts
+from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.long_analysis import (
