@@ -332,7 +332,7 @@ def test_full_disk_is_one_line_and_loses_nothing(place, straight):
 
 
 def test_rollouts_resume_to_the_same_bits(place, straight):
-    from turbvit_nb.inference import open_rollouts
+    from turbvit_nb.climate.rollouts import open_rollouts
 
     result = turbvit("run", place / "04_inference.ipynb", straight)
     assert result.exit_code == 0, result.output

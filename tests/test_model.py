@@ -1,6 +1,9 @@
-"""The model as others use it: compiled, in parallel, in half precision, from old checkpoints, beside other counters."""
+"""The model as others use it: compiled, in parallel, in half precision, of every kind and role, from old checkpoints, beside other counters."""
 import copy
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.checkpoints import ROLES, Identity, as_state, identify
+from turbvit_nb.lab.config import Config, LabError
+from turbvit_nb.lab.runs import write_checkpoint
 from turbvit_nb.layers.attention import attending, plain_attention
 from turbvit_nb.layers.convolution import CircularConv
 from turbvit_nb.layers.embed import TubeletConv
@@ -17,6 +22,9 @@ from turbvit_nb.model import (
 )
 from turbvit_nb.physics.py2d import Regime, TreeWriter
 from turbvit_nb.physics.spectral import Grid
+
+sys.path.insert(0, str(Path(__file__).parent))
+from own_kinds import Program, Swirling
 
 SMALL = dict(img_size=32, embed_dim=32, depth=2, num_heads=2, base_channels=8) | {
     f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in dict(embed_dim=32, depth=1, num_heads=2).items()
@@ -156,9 +164,113 @@ def test_card_of_the_paper_size():
     assert costs["prunable"] == depth * 12 * D**2 + 32 * D + 9 * D * 32
 
 
-@pytest.fixture
-def old_run(tmp_path):
+def of_role(role: str):
+    "An emulator as a checkpoint of this role may hold it."
+    if role in ("latent", "generative"):
+        return Swirling(size=32, points=16, step=0.1)
+    if role == "deployed":
+        return Program(size=32, step=0.1)
+    uneven = dict(block_heads=[2, 0], block_mlp=[0, 50]) if role == "materialised" else {}
+    torch.manual_seed(1)
+    emulator = create_emulator(ModelConfig(**SMALL | uneven), Normaliser([0.1, 0.0], [1.0, 2.0], [0.3, 0.2]), step=0.1)
+    nn.init.normal_(emulator.network.output.weight, std=0.05)
+    return emulator
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_checkpoint_of_every_role_loads_and_goes_on_to_the_same_bits(role, tmp_path):
+    emulator, path = of_role(role).eval(), tmp_path / "some.tar"
+    write_checkpoint(path, emulator_state(emulator) | {"identity": as_state(Identity("some", role=role))})
+    again = load_emulator(path)
+    assert type(again) is type(emulator) and identify(path).role == role
+    assert [getattr(again, n) for n in ("fields", "step", "num_frames", "out_frames", "size", "stochastic")] == [
+        getattr(emulator, n) for n in ("fields", "step", "num_frames", "out_frames", "size", "stochastic")]
+    x = flows(2, 1).transpose(1, 2)[:, : len(emulator.fields)]
+    seeded = lambda: torch.Generator().manual_seed(7)
+    straight = [torch.stack(list(rollout(e, x, 5, members=2, generator=seeded()))) for e in (emulator, again)]
+    assert straight[0].shape == (5, 2, 2, len(emulator.fields), 32, 32) and torch.equal(*straight)
+    alike = torch.equal(straight[0][:, :, 0], straight[0][:, :, 1])
+    assert alike != emulator.stochastic
+
+
+def test_the_global_random_numbers_are_not_touched():
+    emulator, x = Swirling(size=32, points=16, step=0.1), flows(1, 1).transpose(1, 2)
+    before = torch.get_rng_state()
+    one, two = (torch.stack(list(rollout(emulator, x, 3, members=2))) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_checkpoints_of_before_there_were_kinds(kind, tmp_path):
+    "They have no builder, and the keys of every network."
+    emulator = create_emulator(ModelConfig(model_type=kind, **SMALL), Normaliser([0.1, 0.0], [1.0, 2.0], [0.3, 0.2]), step=0.1)
+    nn.init.normal_(emulator.network.output.weight, std=0.05)
+    state = emulator_state(emulator)
+    everything = {"dropout": 0.0, "conditions": ["Re", "fkx", "fky", "alpha", "beta"], "tubelet_size": 1, "base_channels": 8,
+                  "decoder_embed_dim": 32, "patch_size": 4, "legacy_token_layout": False, "embed_dim": 32, "num_heads": 2}
+    state["model"] = everything | {key: value for key, value in state.pop("model").items() if not key.startswith("block_")}
+    del state["builder"]
+    torch.save(state, tmp_path / "best.tar")
+    x = flows(2, 1).transpose(1, 2)
+    assert torch.equal(load_emulator(tmp_path / "best.tar")(x, COND.expand(2, 5)), emulator.eval()(x, COND.expand(2, 5)))
+
+
+def test_a_kind_that_is_not_imported_is_named(tmp_path):
+    write_checkpoint(tmp_path / "flow.tar", emulator_state(Swirling(size=32, points=16)))
+    code = f"from turbvit_nb.model import load_emulator; load_emulator({str(tmp_path / 'flow.tar')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "holds the kind of emulator 'swirling', which is not known here: import own_kinds first" in done.stderr
+
+
+def test_a_module_named_in_a_file_is_imported_only_from_this_package(tmp_path):
+    (tmp_path / "evil.py").write_text("open('ran', 'w')")
+    state = emulator_state(Swirling(size=32, points=16))
+    for module in ("evil", "turbvit_nb.model; import evil", "turbvit_nb..evil", "turbvit_nb.no.such.module"):
+        write_checkpoint(tmp_path / "flow.tar", state | {"builder": {"kind": "evil", "module": module}})
+        code = f"from turbvit_nb.model import load_emulator; load_emulator({str(tmp_path / 'flow.tar')!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert "'evil', which is not known here" in done.stderr and not (tmp_path / "ran").exists(), done.stderr
+
+
+def test_a_config_that_starts_from_another_model(tmp_path):
+    torch.save(emulator_state(of_role("dense")), tmp_path / "dense.tar")
+    torch.save(emulator_state(of_role("materialised")), tmp_path / "small.tar")
+    own = {key: SMALL[key] for key in ("img_size", "embed_dim", "depth", "num_heads")}
+
+    def check(file, **keys):
+        config = Config({"checkpoint_file": str(tmp_path / file), "model": own | keys})
+        config.section("model").check(config, "model")
+
+    check("dense.tar", model_type="ViT", base_channels=64)
+    check("small.tar", block_heads=[2, 0], block_mlp=[0, 50])
+    for file, keys, message in (
+        ("dense.tar", {"embed_dim": 64}, "embed_dim is 32 there and 64"),
+        ("dense.tar", {"model_type": "ReViT"}, "model_type is ViT there and ReViT"),
+        ("small.tar", {}, r"block_heads is \[2, 0\] there and None"),
+    ):
+        with pytest.raises(LabError, match=message):
+            check(file, **keys)
+    (tmp_path / "none.tar").write_bytes(b"no checkpoint")
+    with pytest.raises(LabError, match="none.tar"):
+        check("none.tar")
+
+
+@pytest.mark.parametrize("frames, input_step", [(1, 1), (2, 2), (2, 1)])
+def test_frames_that_cannot_be_followed_are_refused_at_the_second_step(frames, input_step):
+    emulator = create_emulator(ModelConfig(num_frames=frames, **SMALL), Normaliser([0.0, 0.0], [1.0, 1.0]), step=2.0, input_step=float(input_step))
+    x, go = flows(1, frames).transpose(1, 2), lambda steps: len(list(rollout(emulator, x, steps)))
+    assert go(1) == 1
+    if frames > 1 and input_step == 1:
+        with pytest.raises(LabError, match="set input_step = target_step"):
+            go(2)
+    else:
+        assert go(2) == 2
+
+
+@pytest.fixture(params=[1, 2])
+def old_run(tmp_path, request):
     "A run folder of the earlier project, and a tree of data with its statistics."
+    T = request.param
     regime = Regime(1000, fkx=0, fky=4, alpha=0.1, beta=20, NX=16, dt=2e-4, IC=1)
     run = tmp_path / "results" / regime.path()
     writer = TreeWriter(tmp_path / "results", regime)
@@ -176,25 +288,35 @@ patch_size = 4
 embed_dim = 16
 depth = 1
 num_heads = 2
+num_frames = {T}
 [train_dataset]
 data_dir = "{run / 'data'}"
 frame_range = [[1, 7]]
 target_step = 2
+input_step = 2
+num_frames = {T}
 """)
     torch.manual_seed(0)
-    network = create_model(img_size=16, embed_dim=16, depth=1, num_heads=2, target="absolute", legacy_token_layout=True)
+    network = create_model(img_size=16, embed_dim=16, depth=1, num_heads=2, num_frames=T, target="absolute", legacy_token_layout=True)
+    seen = torch.arange(0, 16, T)  # the channels that the earlier project's last convolution saw
+    weights = network.state_dict() | {"patchrecovery.conv.weight": network.output.weight.detach()[:, seen].clone()}
+    with torch.no_grad():
+        network.output.weight[:, [d for d in range(16) if d % T]] = 0
     path = tmp_path / "old" / "checkpoints" / "best.tar"
-    torch.save({"epoch": 3, "model_state": network.state_dict(), "optimizer_state": {}}, path)
+    torch.save({"epoch": 3, "model_state": weights, "optimizer_state": {}}, path)
     return path, network, run
 
 
 def test_a_legacy_checkpoint_in_its_run_folder(old_run):
     path, network, run = old_run
-    emulator, x = load_emulator(path), torch.randn(2, 2, 1, 16, 16)
+    emulator, x = load_emulator(path), torch.randn(2, 2, network.config["num_frames"], 16, 16)
     mean, std = (torch.tensor(v)[:, None, None, None] for v in ([0.25, -0.5], [1.5, 2.0]))
     assert torch.allclose(emulator(x), network((x - mean) / std) * std + mean, atol=1e-5)
     assert abs(emulator.step - 0.12) < 1e-12
     assert (emulator.target, emulator.project, emulator.training) == ("absolute", False, False)
+    assert [frame.shape for frame in rollout(emulator, x, 3)] == [(2, 2, 16, 16)] * 3
+    write_checkpoint(path.with_name("today.tar"), emulator_state(emulator))  # trained on, it is a checkpoint of today
+    assert torch.equal(load_emulator(path.with_name("today.tar"))(x), emulator(x))
 
 
 def test_a_legacy_checkpoint_without_statistics(old_run):
@@ -210,7 +332,7 @@ def test_a_legacy_checkpoint_without_statistics(old_run):
 def test_a_legacy_checkpoint_that_does_not_fit(old_run):
     path = old_run[0]
     with pytest.raises(LabError, match=r"best.tar does not fit the model: blocks.1.attn.proj.bias is missing; .* and 9 more"):
-        load_legacy(path, img_size=16, embed_dim=16, depth=2, num_heads=2)
+        load_legacy(path, img_size=16, embed_dim=16, depth=2, num_heads=2, num_frames=old_run[1].config["num_frames"])
     with pytest.raises(LabError, match=r"cut short|damaged|tensors"):
         path.write_bytes(path.read_bytes()[:500])
         load_emulator(path)

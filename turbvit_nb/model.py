@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['State', 'KINDS', 'EmulatorConfig', 'ModelConfig', 'create_model', 'Normaliser', 'Kind', 'register', 'noise',
-           'Emulator', 'create_emulator', 'squared_error', 'losses', 'states', 'rollout', 'emulator_state',
-           'plain_weights', 'load_weights', 'emulator_from_state', 'load_emulator', 'load_legacy', 'check_start',
-           'Card', 'card']
+           'Emulator', 'create_emulator', 'squared_error', 'losses', 'evaluating', 'states', 'rollout',
+           'emulator_state', 'plain_weights', 'load_weights', 'emulator_from_state', 'load_emulator', 'load_legacy',
+           'check_start', 'Card', 'card']
 
 # %% ../nbs/00_model.ipynb #8302094e
 import inspect
@@ -398,7 +398,7 @@ def look(self: Emulator, state: State) -> Tensor:
 
 # %% ../nbs/00_model.ipynb #16685d53
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     "Evaluation mode without gradients inside the `with`."
     training = model.training
     model.eval()
@@ -417,7 +417,7 @@ def states(
 ) -> Iterator[tuple[State, Tensor]]:  # after each step, for ever: the state, and its frames (B, C, T′, N, N)
     "The states after 1, 2, … steps: what a rollout is made of, for those who stop and go on."
     while True:
-        with _evaluating(emulator):
+        with evaluating(emulator):
             state = emulator.advance(state, cond, generator)
             frames = emulator.look(state)
         yield state, frames
@@ -435,7 +435,7 @@ def rollout(
     x = x0.repeat_interleave(members, 0)
     cond = None if cond is None else cond.repeat_interleave(members, 0)
     generator = generator or Generator().manual_seed(0)
-    with _evaluating(emulator):
+    with evaluating(emulator):
         begun = emulator.begin(x, cond, generator)
     for lead, (_, frames) in zip(range(0, steps, emulator.out_frames), states(emulator, begun, cond, generator)):
         for frame in frames[:, :, : steps - lead].unbind(2):
