@@ -80,10 +80,11 @@ def _describe(seen: Examination, data: FrameDataset) -> None:
     seen.add(data.name, "samples", f"{len(data):,}")
     seen.add(data.name, "in memory", size(frames * len(data.fields) * data.NX**2 * 4))
 
-
+# %% ../nbs/examine.ipynb #079d9aa8
 def _describe_pending(seen: Examination, config: Config, name: str) -> None:
     "Rows and mistakes of a data set that is still to be made."
-    cfg, asked, model = config.sections[name], config.sections["generate"], config.sections.get("model")
+    cfg, asked = config.sections[name], config.sections["generate"]
+    model = config.sections.get("model")
     last, runs = max(end for _, end in cfg.frame_range) - 1, cfg.trajectories or []
     if last > asked.n_frames:
         seen.mistake(
@@ -99,8 +100,11 @@ def _describe_pending(seen: Examination, config: Config, name: str) -> None:
     seen.add(name, "frames", f"{frames:,}, to be generated")
     seen.add(name, "grid, step", f"{asked.NX}², {asked.t_save * cfg.target_step:g} time units")
 
-# %% ../nbs/examine.ipynb #079d9aa8
-def look_at_data(seen: Examination, config: Config) -> dict[str, FrameDataset]:  # those that are there
+# %% ../nbs/examine.ipynb #22de92d7
+def look_at_data(
+    seen: Examination,
+    config: Config,
+) -> dict[str, FrameDataset]:  # those that are there
     "Rows and mistakes of the data sections."
     found = {}
     for name in [name for name in DATA if name in config.sections]:
@@ -118,7 +122,7 @@ def look_at_data(seen: Examination, config: Config) -> dict[str, FrameDataset]: 
             seen.warnings.append(f"{error}") if cfg.skip_bad else seen.mistake(error)
     return found
 
-
+# %% ../nbs/examine.ipynb #fbbc287c
 def look_at_generate(seen: Examination, config: Config, measure: bool) -> None:
     "Rows and mistakes of [generate]."
     if (asked := config.sections.get("generate")) is None:
@@ -163,7 +167,7 @@ def _untrained(config: Config, step: float = 1.0) -> Emulator:
 # %% ../nbs/examine.ipynb #02656987
 SECONDS = 2.0  # that timing a step may take, about
 
-
+# %% ../nbs/examine.ipynb #3e177d67
 def seconds_per_step(
     emulator: Emulator,
     batch_size: int,
@@ -233,7 +237,7 @@ def _step(config: Config, found: dict[str, FrameDataset]) -> float:
             return asked.t_save * config.sections[name].target_step
     return 1.0
 
-
+# %% ../nbs/examine.ipynb #9803fa3f
 def look_at_model(seen: Examination, config: Config, step: float) -> Emulator | None:
     "Rows and mistakes of [model]."
     if "model" not in config.sections:
@@ -254,7 +258,7 @@ def look_at_model(seen: Examination, config: Config, step: float) -> Emulator | 
     seen.add("model", "operations", f"{costs['flops']:.3g} a step and sample")
     return emulator
 
-
+# %% ../nbs/examine.ipynb #e65f9ecd
 def _available(device: torch.device) -> int:
     "Bytes of memory that are free where the job would run."
     if device.type == "cuda":
@@ -264,7 +268,32 @@ def _available(device: torch.device) -> int:
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     return free[0] if free else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-# %% ../nbs/examine.ipynb #9803fa3f
+# %% ../nbs/examine.ipynb #e6f8b261
+def _count_training(seen: Examination, config: Config, settings: Any, samples: int) -> int:
+    "Rows of the work of [training]; batches of an epoch, 0 where there are none."
+    batches, size_ = _count_batches(settings, samples), settings.batch_size
+    if not batches:
+        there = f"the {samples} samples of [train_dataset]"
+        seen.mistake(f"training.batch_size = {size_} is more than {there}")
+        return 0
+    seen.add("training", "samples", f"{samples:,} in {batches:,} batches of {size_} an epoch")
+    seen.add("training", "steps", f"{batches * settings.epochs:,} in {settings.epochs} epochs")
+    return batches
+
+
+def _weigh_training(seen: Examination, emulator: Emulator, settings: Any, there: int) -> int:
+    "Rows of the memory of [training]; the bytes."
+    averaged = settings.ema is not None
+    parts = memory_parts(emulator, settings.batch_size, settings.unroll, averaged)
+    need = sum(parts.values())
+    told = ", ".join(f"{what} {size(bytes)}" for what, bytes in parts.items())
+    seen.add("training", "memory", f"{size(need)}: {told}")
+    if need > there:
+        free = f"{size(there)} are free"
+        seen.warnings.append(f"training needs {size(need)} and {free}; halve training.batch_size")
+    return need
+
+# %% ../nbs/examine.ipynb #a7038733
 def look_at_training(
     seen: Examination,
     config: Config,
@@ -273,43 +302,18 @@ def look_at_training(
     measure: bool,
 ) -> None:
     "Rows and mistakes of [training], and of [pruning] where it goes on from there."
-    settings, samples = config.sections.get("training") or schema("training")(), _samples(
-        config, found
-    )
-    if samples is None:
+    settings = config.sections.get("training") or schema("training")()
+    samples, device, step = _samples(config, found), resolve_device(config.top.device), None
+    if samples is None or not (batches := _count_training(seen, config, settings, samples)):
         return
-    batches = _count_batches(settings, samples)
-    if not batches:
-        return seen.mistake(
-            f"training.batch_size = {settings.batch_size} is more than the {samples} samples of "
-            "[train_dataset]"
-        )
-    device = resolve_device(config.top.device)
-    parts = memory_parts(emulator, settings.batch_size, settings.unroll, settings.ema is not None)
-    need, there = sum(parts.values()), _available(device)
-    seen.add(
-        "training",
-        "samples",
-        f"{samples:,} in {batches:,} batches of {settings.batch_size} an epoch",
-    )
-    seen.add("training", "steps", f"{batches * settings.epochs:,} in {settings.epochs} epochs")
-    seen.add(
-        "training",
-        "memory",
-        f"{size(need)}: " + ", ".join(f"{k} {size(v)}" for k, v in parts.items()),
-    )
-    if need > there:
-        seen.warnings.append(
-            f"training needs some {size(need)} of memory and {size(there)} are free; halve "
-            "training.batch_size"
-        )
-    step = None
+    there = _available(device)
+    need = _weigh_training(seen, emulator, settings, there)
     if measure and need < 0.8 * there:
-        step = seconds_per_step(emulator, settings.batch_size, device, _precision(settings, device))
+        precision = _precision(settings, device)
+        step = seconds_per_step(emulator, settings.batch_size, device, precision)
         took = clock(step * work(settings, batches, settings.epochs))
-        seen.add(
-            "training", "time", f"about {took} on this {device.type}, {1000 * step:.3g} ms a step"
-        )
+        each = f"{1000 * step:.3g} ms a step"
+        seen.add("training", "time", f"about {took} on this {device.type}, {each}")
     _look_at_pruning(seen, config, samples, step)
 
 # %% ../nbs/examine.ipynb #7e604159
@@ -432,7 +436,7 @@ def _run_of(seen: Examination, config: Config) -> tuple[Path, dict[str, str]]:
     seen.add("run", "folder", f"{folder}: {there}")
     return folder, done
 
-
+# %% ../nbs/examine.ipynb #cabcc3bb
 def _ask_sections(seen: Examination, config: Config) -> None:
     "The check of every section that has one, besides those of data."
     for name, section in config.sections.items():

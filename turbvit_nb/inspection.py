@@ -116,7 +116,7 @@ def _inspect_checkpoint(seen: Examination, path: Path) -> None:
     _model_rows(seen, state)
     seen.add("file", "size", size(path.stat().st_size))
 
-
+# %% ../nbs/inspection.ipynb #c5c919db
 def _identity_rows(seen: Examination, identity: Identity) -> None:
     "Rows of what a checkpoint is."
     seen.add("identity", "label", identity.label)
@@ -174,7 +174,7 @@ def _inspect_store(seen: Examination, store: Store, full: bool) -> None:
     except StoreError as error:
         seen.warnings.append(str(error))
 
-
+# %% ../nbs/inspection.ipynb #a1c1a83b
 def _inspect_ends(seen: Examination, store: Store, full: bool) -> None:
     "Rows on frames that were read: the ends, or all."
     ends = [store.frames[i] for i in sorted({0, len(store) // 2, len(store) - 1})]
@@ -185,7 +185,7 @@ def _inspect_ends(seen: Examination, store: Store, full: bool) -> None:
     what = "all frames" if full else "first, middle and last frame"
     seen.add("frames", "read", f"{what}: {'good' if not bad else f'{len(bad)} bad'}")
 
-# %% ../nbs/inspection.ipynb #a1c1a83b
+# %% ../nbs/inspection.ipynb #8d4ab4c7
 def _inspect_packed(seen: Examination, path: Path, full: bool) -> None:
     "Rows of a packed store, or of one that was begun."
     store = PackedStore(path)
@@ -197,7 +197,7 @@ def _inspect_packed(seen: Examination, path: Path, full: bool) -> None:
             "a pack that was begun and is not whole; pack or import again to go on"
         )
 
-
+# %% ../nbs/inspection.ipynb #d58b8682
 def _inspect_tree(seen: Examination, path: Path, full: bool) -> None:
     "Rows of a folder of runs; of a single one, all about it."
     runs = find_runs(path)
@@ -239,7 +239,7 @@ def _inspect_netcdf(seen: Examination, path: Path) -> None:
             line = str(value).replace("\n", " ")
             seen.add("attributes", key, line if len(line) < 100 else f"{line[:97]}…")
 
-
+# %% ../nbs/inspection.ipynb #3d9ffc10
 def _inspect_archive(seen: Examination, path: Path) -> None:
     "Rows of a file of somebody else's."
     with open_archive(path) as archive:
@@ -335,7 +335,7 @@ def _kind(path: Path) -> Callable | None:
         return _inspect_hdf5
     return None
 
-
+# %% ../nbs/inspection.ipynb #4acc6d0b
 def _inspect_hdf5(seen: Examination, path: Path, full: bool) -> None:
     "A packed store, or any other HDF5 file."
     try:

@@ -264,7 +264,7 @@ def _simulate(cfg: GenerateConfig, root: Path):
     for writer in writers:
         writer.finish()
 
-
+# %% ../../nbs/data/00_generate.ipynb #ab4c5244
 def _keep_state(cfg: GenerateConfig, solver: Solver, writers: list, n: int, file: Path):
     "Keep the solver at frame `n`; in trees as restart states too, so that Py2D can go on."
     if cfg.store == "tree":
