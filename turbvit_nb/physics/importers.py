@@ -169,7 +169,7 @@ def _open_xarray(path: Path) -> Iterator[Archive]:
     try:
         opened = xr.open_dataset(path, engine="zarr" if zarr else None, decode_times=False)
     except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise StoreError(f"{path}: cannot be read ({str(error).split('.')[0]})") from None
     with opened:
         names = [str(n) for n in opened.variables]
         arrays = {n: opened.variables[n] for n in names}
