@@ -1,6 +1,6 @@
 """Write README.md from nbs/index.ipynb, without Quarto: its prose, its code and the text that the code printed.
 
-Cells that start with `#| hide` are left out, and so are directives.
+Cells that start with `#| hide` are left out, and so are directives and what only the site fills in: <!-- … -->.
 """
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def readme() -> str:
     "The README as text."
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     nb.metadata["language_info"] = {"name": "python"}
-    nb.cells = [c for c in nb.cells if not c.source.lstrip().startswith("#| hide")]
+    nb.cells = [c for c in nb.cells if not re.match(r"\s*(#\| hide|<!--.*-->\s*$)", c.source)]
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
