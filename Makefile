@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Small FFTs and matrix products lose to thread switching: one thread a process unless the caller says otherwise.
+# Small FFTs lose to thread switching, and the last bits of a result depend on the number of threads: one unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help

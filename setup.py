@@ -1,31 +1,34 @@
 """Install turbvit_nb as `settings.ini` describes it."""
 from configparser import ConfigParser
 from pathlib import Path
+from shutil import copyfile, rmtree
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-# The seam by which a chapter owns its section of the config: `lab.config` finds the schemas here.
-sections = {
-    "model": "model:ModelConfig",
-    "dataset": "datasets:DatasetConfig",
-    "train_dataset": "datasets:DatasetConfig",
-    "validation_dataset": "datasets:DatasetConfig",
-    "test_dataset": "datasets:DatasetConfig",
-    "climo_dataset": "datasets:DatasetConfig",
-    "generate": "datasets:GenerateConfig",
-    "training": "train:TrainingConfig",
-    "pruning": "prune:PruningConfig",
-    "finetuning": "prune:FinetuningConfig",
-    "distillation": "prune:DistillationConfig",
-    "inference": "inference:InferenceConfig",
-    "analysis": "climate.keys:AnalysisConfig",
-    "compare": "study.entries:CompareConfig",
-}
+# What travels in the package besides its modules: `lab.config.nbs_dir` finds it there where no checkout is.
+NOTEBOOKS = ("[0-9][0-9]_*.ipynb", "configs/**/*.toml", "jobs/*")
+
+
+class BuildWithNotebooks(build_py):
+    "Copies the chapters, their configs and the job scripts into the built package; an editable install needs no copy."
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        package = Path(self.build_lib) / cfg["lib_name"] / "_nbs"
+        rmtree(package, ignore_errors=True)  # of an earlier build
+        for path in sorted(path for pattern in NOTEBOOKS for path in (here / "nbs").glob(pattern)):
+            target = package / path.relative_to(here / "nbs")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(path, target)
+
 
 setup(
     name=cfg["lib_name"],
@@ -44,6 +47,8 @@ setup(
         "Natural Language :: English",
         "Programming Language :: Python :: 3.11",
     ],
+    cmdclass={"build_py": BuildWithNotebooks},
+    package_data={cfg["lib_name"]: ["registry.toml"]},
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
@@ -51,7 +56,6 @@ setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
-        "turbvit.sections": [f"{name} = {cfg['lib_name']}.{where}" for name, where in sections.items()],
     },
     zip_safe=False,
 )

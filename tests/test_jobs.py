@@ -1,10 +1,15 @@
-"""Whole jobs through the command line: what is refused and how, what is left after a kill, and that a resumed run ends with the same bits."""
+"""Whole jobs through the command line: what is refused and how, what is left after a kill, that a resumed run ends with the same bits."""
+import json
 import os
+import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import numpy as np
@@ -13,8 +18,11 @@ import torch
 from scipy.io import savemat
 from typer.testing import CliRunner
 
-from turbvit_nb.cli import DEMO, app
-from turbvit_nb.lab.jobs import chapters
+from turbvit_nb.cli import app
+from turbvit_nb.lab import jobs
+from turbvit_nb.lab.config import find_config
+from turbvit_nb.lab.demo import DEMO
+from turbvit_nb.lab.jobs import chapters, run_job
 from turbvit_nb.lab.runs import Lock, read_checkpoint, read_metrics, stages
 
 CONFIG = """
@@ -98,9 +106,12 @@ def turbvit(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+PROGRAM = [sys.executable, "-m", "turbvit_nb.cli"]
+
+
 def start(*words, **options) -> subprocess.Popen:
     "The command line, in a process of its own."
-    return subprocess.Popen([Path(sys.executable).parent / "turbvit", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([*PROGRAM, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def one_line(result, *wanted: str) -> str:
@@ -115,8 +126,19 @@ def one_line(result, *wanted: str) -> str:
 def test_bare_command_explains_itself():
     result = turbvit()
     assert result.exit_code == 0
-    for word in ("generate", "pack", "run 02_train", "--set", "resume", "status", "gif", "explore", "demo"):
+    for word in ("generate", "pack", "run 02_train", "--set", "resume", "status", "gif", "explore", "demo", "run all", "check",
+                 "inspect", "import", "example"):
         assert word in result.output
+
+
+def test_version_and_completion():
+    assert re.match(r"turbvit_nb \d+\.\d+\.\d+", turbvit("--version").output)
+    assert "completion" not in turbvit("--help").output
+    script = subprocess.run([*PROGRAM, "--show-completion", "bash"], capture_output=True, text=True).stdout
+    assert "complete" in script and "TURBVIT" in script.upper()
+    words = {"_TURBVIT_COMPLETE": "complete_bash", "COMP_WORDS": "turbvit run 04", "COMP_CWORD": "2"}
+    done = subprocess.run([Path(sys.executable).parent / "turbvit"], capture_output=True, text=True, env=os.environ | words)
+    assert done.stdout.split() == ["04_inference"]
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
@@ -146,6 +168,8 @@ MISTAKES = {
     "empty range": (["train_dataset.frame_range=[[9, 9]]"], ["train_dataset", "frame_range"]),
     "no data": (["train_dataset.data_dir=nowhere"], ["nowhere"]),
     "size of the model": (["model.img_size=32"], ["img_size = 32", "16²"]),
+    "not finite": (["training.lr=1e400"], ["training.lr = Infinity", "finite"]),
+    "no such seed": (["seed=-1"], ["seed = -1", "greater than or equal to 0"]),
 }
 
 
@@ -169,6 +193,57 @@ def test_mistake_on_the_command_line_is_one_line(place, tmp_path):
     one_line(turbvit("run", chapter, tmp_path / "homeless.toml"), "names no output_dir")
     one_line(turbvit("generate", tmp_path / "homeless.toml"), "has no [generate] section")
     one_line(turbvit("gif", place), "holds no rollouts")
+
+
+def test_folder_without_a_config_is_one_line(place, tmp_path):
+    one_line(turbvit("run", place / "02_train.ipynb", tmp_path), str(tmp_path), "holds no run: it has no config.toml")
+
+
+@pytest.mark.parametrize("number, words", [(13, "no permission for"), (30, "no permission for"), (28, "no room to write")])
+def test_disk_that_cannot_be_written_is_one_line(place, monkeypatch, number, words):
+    "Read-only folders and full disks; the tests may run as root, who may write anywhere, so the error is made."
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), str(place / "runs"))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    one_line(turbvit("run", place / "02_train.ipynb", config(place, "mistake")), words, str(place / "runs"))
+    assert not (place / "runs" / "mistake").exists()
+    monkeypatch.setitem(sys.modules, "turbvit_nb.explore", fake := ModuleType("explore"))
+    fake.explore = refuse
+    one_line(turbvit("explore", place), words, str(place / "runs"))
+
+
+def test_runs_are_found_where_the_environment_says(place, tmp_path, monkeypatch):
+    "Also by somebody who stands in a folder that has a run of the same name."
+    for folder in (tmp_path / "here", tmp_path / "elsewhere"):
+        (folder / "runs" / "ref").mkdir(parents=True)
+        (folder / "runs" / "ref" / "config.toml").write_text("seed = 1\n")
+    (tmp_path / "here" / "runs" / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "elsewhere" / "runs"))
+    assert find_config("runs/ref") == find_config("ref") == tmp_path / "elsewhere" / "runs" / "ref"
+    line = one_line(turbvit("status", "runs/nope"), f"TURBVIT_RUNS = {tmp_path / 'elsewhere' / 'runs'}")
+    assert "nearest" not in line
+    one_line(turbvit("status", "runs/other"), "no config or run folder")
+    one_line(turbvit("resume", "runs/rf"), "the nearest is runs/ref")
+    monkeypatch.delenv("TURBVIT_RUNS")
+    assert find_config("runs/ref") == tmp_path / "here" / "runs" / "ref"
+
+
+def test_commands_of_other_modules_are_wired(monkeypatch, tmp_path):
+    "`check`, `inspect` and `import` print what `examine` and `importers` find."
+    examine, importers, seen = ModuleType("examine"), ModuleType("importers"), []
+    facts = [("train_dataset", "frames", "30"), ("train_dataset", "grid", "16²"), ("model", "parameters", "9,000")]
+    examine.check_config = lambda path, overrides: (seen.append((path, overrides)), (facts, ["12 GB will not fit"]))[1]
+    examine.inspect_path = lambda path: ([("checkpoint", "role", "pruned [x]")], [])
+    importers.import_frames = lambda source, target, regime, **how: seen.append((str(source), regime, how["variable"])) or []
+    monkeypatch.setitem(sys.modules, "turbvit_nb.examine", examine)
+    monkeypatch.setitem(sys.modules, "turbvit_nb.physics.importers", importers)
+    result = turbvit("check", "my.toml", "-s", "seed=3")
+    assert result.exit_code == 0 and "9,000" in result.output and "warning: 12 GB will not fit" in result.output
+    assert "pruned [x]" in turbvit("inspect", "best.tar").output
+    assert turbvit("import", "a.npz", "b.h5", "-f", "Re=1000", "--variable", "omega").exit_code == 0
+    assert seen == [("my.toml", ["seed=3"]), ("a.npz", {"Re": 1000}, "omega")]
 
 
 # ----------------------------------------------------------------------------------------------------------------- mistakes in the data
@@ -258,9 +333,17 @@ def test_finished_job_leaves_report_and_sentinel(straight):
     assert "the run" in page and "<script" not in page and "http" not in page
 
 
+def test_report_leads_with_the_run_and_says_what_made_it(straight):
+    nb = nbformat.read(straight / "02_train.ipynb", 4)
+    assert nb.metadata["turbvit"]["code"].startswith("turbvit_nb ") and any("a lesson" in c.source for c in nb.cells)
+    page = (straight / "02_train.html").read_text()
+    assert page.index("the run") < page.index("a lesson") and nb.metadata["turbvit"]["code"] in page
+    assert stages(straight)["train"]["code"] == nb.metadata["turbvit"]["code"] and stages(straight)["train"]["threads"] >= 1
+
+
 def test_existing_run_is_not_overwritten(place, straight):
     before = (straight / "status.json").read_bytes()
-    one_line(turbvit("run", place / "02_train.ipynb", place / "straight.toml"), "already holds stage train (done)", "resume")
+    one_line(turbvit("run", place / "02_train.ipynb", place / "straight.toml"), "already holds stage train (done)", f"resume it with turbvit resume {straight}")
     assert (straight / "status.json").read_bytes() == before
 
 
@@ -308,6 +391,80 @@ def test_job_that_ran_out_of_time_says_so_with_75(place):
     assert stages(place / "runs/late")["train"]["state"] == "stopped"
 
 
+def test_job_killed_in_its_lesson_is_begun_again(place, straight):
+    "Its run was not opened yet: nothing but the hidden notebook tells of it."
+    lesson = "import time\nprint('asleep', flush=True)\ntime.sleep(60 * (not __import__('pathlib').Path('awake').exists()))"
+    cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell(lesson), nbformat.v4.new_markdown_cell("## Run"),
+             nbformat.v4.new_code_cell("from turbvit_nb.lab.runs import open_run\nopen_run(config, 'essay', overrides).finish(seed=3)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), place / "10_essay.ipynb")
+    run = shutil.copytree(straight, place / "runs" / "essays")
+    job = start("run", place / "10_essay.ipynb", run, "-s", "device=cpu", cwd=place)
+    wait_for(lambda: list(run.glob(".10_essay.unfinished.ipynb")) and jobs.at_work(run))
+    assert "starting" in turbvit("status", run).output
+    one_line(turbvit("run", place / "10_essay.ipynb", run), "is being written by process")
+    job.kill()
+    job.wait()
+    assert re.search(r"essay\s+killed", turbvit("status", run).output)
+    (place / "awake").touch()
+    jobs.find_chapter.__globals__["nbs_dir"], before = (lambda: place), jobs.nbs_dir
+    try:
+        assert jobs.next_stage(run) == "essay" and jobs.unopened(run)["essay"]["overrides"] == ["device=cpu"]
+        result = turbvit("resume", run)
+    finally:
+        jobs.find_chapter.__globals__["nbs_dir"] = before
+    assert result.exit_code == 0 and stages(run)["essay"]["state"] == "done", result.output
+
+
+def test_all_stages_of_a_config(place, monkeypatch):
+    "In order; what is done is kept; a stage that is made again makes later ones again; the first failure ends it."
+    monkeypatch.setattr(jobs, "nbs_dir", lambda: place)
+    toml, run = config(place, "whole", epochs=2), place / "runs" / "whole"
+    result = turbvit("run", "all", toml, "--no-lessons")
+    assert result.exit_code == 0, result.output
+    assert [stages(run)[name]["state"] for name in ("train", "inference")] == ["done", "done"]
+    assert result.output.index("02_train in") < result.output.index("04_inference in")
+    again = turbvit("run", "all", toml)
+    assert again.exit_code == 0 and again.output.split() == ["02_train", "done", "04_inference", "done"]
+
+    file = run / "status.json"
+    status = json.loads(file.read_text())
+    status["stages"]["train"]["changed"] = "2999-01-01T00:00:00.000+00:00"
+    file.write_text(json.dumps(status))
+    assert "done, but train was made again since" in turbvit("status", run).output
+    result = turbvit("run", "all", toml, "-s", "inference.n_starts=100")
+    assert result.exit_code == 1 and "04_inference" in result.output and "to do again: train is newer" in result.output
+
+
+def test_terminal_gets_a_bar_and_a_pipe_gets_lines(place):
+    "The bar redraws itself in the terminal of whoever started the job; the report keeps nothing of it."
+    cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_markdown_cell("## Run"),
+             nbformat.v4.new_code_cell("import time\nfrom turbvit_nb.lab.progress import progress\nfor i in progress(range(9), desc='steps', every=0.3): "
+                                       "time.sleep(0.3)\nprint('so ' * 60)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), place / "11_steps.ipynb")
+    env = os.environ | {"TURBVIT_PROGRESS": "", "COLUMNS": "80", "TERM": "xterm"}
+    job = start("run", place / "11_steps.ipynb", config(place, "piped"), env=env)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and re.search(r"^steps \d/9, ", out, re.M) and "\r" not in out
+
+    ours, theirs = pty.openpty()
+    words = [*PROGRAM, "run", str(place / "11_steps.ipynb"), str(config(place, "shown"))]
+    job, said = subprocess.Popen(words, stdout=theirs, stderr=theirs, env=env), b""
+    os.close(theirs)
+    while True:
+        try:
+            said += os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+    assert job.wait() == 0, said.decode()
+    text = said.decode()
+    assert re.search(r"\rsteps: .*\d/9", text) and "\x1e" not in text
+    assert max(len(line) for line in text.replace("\r", "\n").splitlines() if line.startswith("so ")) <= 80
+    report = (place / "runs" / "shown" / "11_steps.ipynb").read_text()
+    assert "so so" in report and "x1e" not in report and "u001e" not in report and "steps " not in report
+
+
 def test_sigterm_ends_a_job_with_143(place):
     cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
              nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell("import time\nprint('asleep', flush=True)\ntime.sleep(60)")]
@@ -323,7 +480,7 @@ def test_sigterm_ends_a_job_with_143(place):
 def test_full_disk_is_one_line_and_loses_nothing(place, straight):
     best = (straight / "checkpoints/best.tar").read_bytes()
     toml = config(place, "full", epochs=2)
-    command = f"ulimit -f 40; exec {Path(sys.executable).parent / 'turbvit'} run {place / '02_train.ipynb'} {toml} --set model.embed_dim=64"
+    command = f"ulimit -f 40; exec {' '.join(PROGRAM)} run {place / '02_train.ipynb'} {toml} --set model.embed_dim=64"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1 and "no room to write" in done.stderr and "Traceback" not in done.stderr, done.stderr
     run = place / "runs" / "full"
@@ -360,6 +517,14 @@ def test_status_and_gif(place, straight):
     assert result.exit_code == 0 and "straight" in result.output and "done" in result.output
     result = turbvit("gif", straight, "-o", place / "moving.mp4", "--error")
     assert result.exit_code == 0 and (place / "moving.mp4").stat().st_size < 3_000_000, result.output
+
+
+def test_one_damaged_status_hides_no_other_run(place, straight):
+    (place / "runs" / "torn").mkdir()
+    (place / "runs" / "torn" / "status.json").write_text("")
+    result = turbvit("status")
+    assert result.exit_code == 0 and "straight" in result.output and re.search(r"torn\s+damaged", result.output)
+    shutil.rmtree(place / "runs" / "torn")
 
 
 def test_demo_from_data_to_table(place):

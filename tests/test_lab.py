@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import nbformat
 import pytest
@@ -97,6 +99,54 @@ def test_resolved_copy_round_trips(sections, home):
     assert again.section("training") == Fit(epochs=3, lr=1.0) and again.section("model") == Net(width=3)
 
 
+def test_the_registry_names_sections():
+    "Every class it names is there and is a section; a section of another package joins them, one of ours is not replaced."
+    for name in lab_config.registry()["sections"]:
+        assert issubclass(lab_config.schema(name), Section), name
+    known = lab_config.registry()["stages"]
+    assert all(set(stage["after"]) <= set(known) and stage["section"] in lab_config.schemas() for stage in known.values())
+
+
+def test_sections_of_other_packages(monkeypatch):
+    other = [EntryPoint("essay", "essays:Essay", "turbvit.sections"), EntryPoint("model", "essays:Model", "turbvit.sections"),
+             EntryPoint("old", "turbvit_nb.old:OldConfig", "turbvit.sections")]  # of an installation before a pull
+    monkeypatch.setattr(lab_config, "entry_points", lambda group: other)
+    found = lab_config.schemas.__wrapped__()
+    assert found["essay"].value == "essays:Essay" and found["model"].value == "turbvit_nb.model:ModelConfig" and "old" not in found
+
+
+class Flow(Section):
+    file: str
+    looks: ClassVar[list] = []
+
+    def check(self, config, name):
+        self.looks.append((name, config.has("training")))
+        if not Path(self.file).exists():
+            raise LabError(f"{name}.file = {self.file} is not there")
+
+
+def test_sections_are_checked_once_and_before_a_folder(home, monkeypatch):
+    "By `open_run`, as plain papermill and notebooks use it; the kernel of a job that was planned does not look again."
+    points = {"flow": SimpleNamespace(load=lambda: Flow), "training": SimpleNamespace(load=lambda: Fit)}
+    monkeypatch.setattr(lab_config, "schemas", lambda: points)
+    monkeypatch.setattr(Flow, "looks", [])
+    (home / "a.toml").write_text('output_dir = "a"\n[flow]\nfile = "x.h5"\n[training]\n')
+    with pytest.raises(LabError, match="flow.file = x.h5 is not there"):
+        open_run("a.toml", "train")
+    assert Flow.looks == [("flow", True)] and not (home / "runs").exists()
+    (home / "x.h5").touch()
+    open_run("a.toml", "train").close()
+    assert len(Flow.looks) == 2
+    monkeypatch.setenv("TURBVIT_JOB", str(home / "runs" / "a"))
+    open_run("a.toml", "train").close()
+    assert len(Flow.looks) == 2
+
+
+def test_byte_order_mark(sections, home):
+    (home / "windows.toml").write_text("seed = 4\r\n[model]\r\nwidth = 3\r\n", encoding="utf-8-sig")
+    assert load_config("windows.toml").top.seed == 4
+
+
 # Joining
 
 
@@ -147,6 +197,79 @@ def test_scratch_runs_do_not_meet(sections, home):
     (home / "smoke.toml").write_text("[model]\nwidth = 3\n")
     one, two = open_run("smoke.toml", "train"), open_run("smoke.toml", "train")
     assert one.scratch and two.scratch and one.path != two.path
+
+
+# Whose checkpoints
+
+
+def test_a_run_does_not_take_up_another_runs_checkpoints(home):
+    for name in ("one", "two"):
+        (home / f"{name}.toml").write_text(f'output_dir = "{name}"\ncheckpoint_dir = "shared"\n')
+    run = open_run("one.toml", "train")
+    run.save("last", {"w": torch.zeros(1)})
+    state = run.load("last")
+    run.finish()
+    assert (state["run_id"], state["run_name"]) == (run.id, "one") and len(run.id) == 12
+    with pytest.raises(LabError, match="checkpoint_dir = .*shared holds last.tar of the run one; give each run"):
+        open_run("two.toml", "train")
+    assert not (home / "runs" / "two").exists()
+    again = open_run(home / "runs" / "one", "train")
+    assert again.id == run.id
+    again.close()
+    open_run("two.toml", "inference").close()  # to use them is no harm
+
+
+def test_older_checkpoints_of_a_shared_folder(home):
+    "They do not say whose they are: a run that has begun may go on with them, another may not."
+    (home / "one.toml").write_text('output_dir = "one"\ncheckpoint_dir = "shared"\n')
+    open_run("one.toml", "train").close()
+    runs.write_checkpoint(home / "runs" / "shared" / "last.tar", {"w": torch.zeros(1)})
+    open_run(home / "runs" / "one", "train").close()
+    with pytest.raises(LabError, match="holds last.tar of an earlier run"):
+        open_run("one.toml", "train", ["output_dir=two"])
+
+
+def test_what_is_made_again_makes_the_later_stages_stale(home):
+    "Only where something was made: a stage that is done and is looked at again changes nothing."
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    folder = home / "runs" / "a"
+    stale = lambda: {name: entry["stale"] for name, entry in stages(folder).items() if "stale" in entry}
+    for stage in ("train", "inference", "long_analysis"):
+        run = open_run("a.toml", stage)
+        with atomic(run.path / f"{stage}.npy") as part:
+            part.write_text("something")
+        run.finish()
+        time.sleep(0.02)
+    assert stale() == {}
+    open_run(folder, "train").finish()
+    assert stale() == {}
+    run = open_run(folder, "train")
+    run.save("best", {"w": torch.zeros(1)})
+    run.finish()
+    assert stale() == {"inference": "train", "long_analysis": "train"}
+
+
+def test_a_damaged_status_is_one_line(home):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    open_run("a.toml", "train").close()
+    (home / "runs" / "a" / "status.json").write_text("")
+    with pytest.raises(LabError, match="status.json is damaged; delete it"):
+        open_run(home / "runs" / "a", "train")
+
+
+THREADS = "import sys\nfrom turbvit_nb.lab.runs import open_run\nrun = open_run(sys.argv[1], 'train')\nrun.log(step=1)"
+
+
+def test_another_number_of_threads_is_noted(home):
+    (home / "a.toml").write_text('output_dir = "a"\n')
+    loud = os.environ | {"TURBVIT_PROGRESS": ""}
+    first, _ = python(THREADS, "a.toml", env=loud | {"OMP_NUM_THREADS": "2"}).communicate()
+    second, _ = python(THREADS, "runs/a", env=loud | {"OMP_NUM_THREADS": "1"}).communicate()
+    assert first == "" and second == (
+        "train was begun with 2 threads of torch and goes on with 1: set threads = 2 to get the same bits as without the stop\n")
+    (home / "runs" / "a" / "config.toml").write_text("threads = 2\n")
+    third, _ = python(THREADS, "runs/a", env=loud | {"OMP_NUM_THREADS": "1"}).communicate()
+    assert third == ""
 
 
 # Two writers

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'FOLDED', 'JOB_LOCK', 'Chapter', 'chapters', 'find_chapter',
-           'Report', 'wrapped', 'run_heading', 'JobClient', 'JobEngine', 'Signals', 'JobError', 'explain', 'execute',
-           'MathRenderer', 'ReportExporter', 'html_copy', 'Job', 'plan_job', 'run_job', 'unopened', 'at_work',
-           'next_stage', 'Together']
+           'Report', 'wrapped', 'run_heading', 'lessons', 'JobClient', 'JobEngine', 'Signals', 'JobError', 'explain',
+           'execute', 'MathRenderer', 'ReportExporter', 'html_copy', 'Job', 'plan_job', 'run_job', 'unopened',
+           'at_work', 'next_stage', 'Step', 'steps', 'Together']
 
 # %% ../../nbs/lab/08_jobs.ipynb #a64babfb
 import ast
@@ -41,7 +41,9 @@ from papermill.exceptions import PapermillExecutionError
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
-from .config import LabError, code_version, find_config, hint, nbs_dir
+from .config import Config as Settings
+from .config import LabError, code_version, find_config, hint, load_config, nbs_dir
+from .config import registry, run_folder
 from .progress import Relay, clock
 from .runs import Lock, atomic, locked, plan_run, stages
 
@@ -154,6 +156,25 @@ def run_heading(nb: NotebookNode) -> int | None:  # index of its cell
     prose = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "markdown"]
     return max((i for i in prose if re.match(r"#+ Run\b", nb.cells[i].source)), default=None)
 
+# %% ../../nbs/lab/08_jobs.ipynb #c11527e9
+_DEFINES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+
+
+def _teaches(cell: NotebookNode) -> bool:
+    "Whether a cell of code is only there to try something out."
+    if re.search(r"^#\| *exports?i?\b", cell.source, re.M) or cell.metadata.get("tags"):
+        return False
+    try:
+        return not all(isinstance(statement, _DEFINES) for statement in ast.parse(cell.source).body)
+    except SyntaxError:  # a magic of IPython's
+        return True
+
+
+def lessons(nb: NotebookNode) -> set[int]:  # indices of cells
+    "The cells before the section Run that the run does not need."
+    before = nb.cells[: run_heading(nb) or 0]
+    return {i for i, cell in enumerate(before) if cell.cell_type == "code" and _teaches(cell)}
+
 # %% ../../nbs/lab/08_jobs.ipynb #f7eec75d
 class JobClient(PapermillNotebookClient):
     "papermill's client; the Run section speaks, and a signal that came between two cells is noticed."
@@ -164,6 +185,7 @@ class JobClient(PapermillNotebookClient):
         hook = "--IPKernelApp.extra_extensions=turbvit_nb.lab.config"  # mistakes of the user's in one line
         super().__init__(nb_man, on_cell_start=self._before_cell, extra_arguments=[hook], **kwargs)
         self.run_section, self.showing = run_heading(self.nb) or 0, False
+        self.skipped: set[int] = set()
         terminal = self.stdout_file is not None and self.stdout_file.isatty()
         self.relay = Relay(self.stdout_file) if terminal else None
 
@@ -171,6 +193,9 @@ class JobClient(PapermillNotebookClient):
         if self.signals.received:
             raise KeyboardInterrupt
         self.showing = cell_index >= self.run_section
+
+    def execute_cell(self, cell, cell_index, **kwargs):
+        return cell if cell_index in self.skipped else super().execute_cell(cell, cell_index, **kwargs)
 
     def process_message(self, msg, cell, cell_index):
         if self.relay is not None and msg["msg_type"] == "stream":
@@ -192,11 +217,11 @@ class JobEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man, kernel_name, signals=None, environment=None, stdout_file=None, stderr_file=None,
+        cls, nb_man, kernel_name, signals=None, environment=None, teach=True, stdout_file=None, stderr_file=None,
         start_timeout=60, **_,
     ):
-        "Run all cells in a new kernel, spoken to over sockets of the file system."
-        nb_man.nb.metadata["turbvit"] = {"code": code_version()}
+        "Run the cells in a new kernel, spoken to over sockets of the file system."
+        nb_man.nb.metadata["turbvit"] = {"code": code_version(), "lessons": teach}
         with tempfile.TemporaryDirectory(prefix="turbvit-") as folder, open(f"{folder}/stderr", "w+b") as stderr:
             sockets = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
             client = JobClient(
@@ -204,6 +229,7 @@ class JobEngine(NBClientEngine):
                 config=Config(AsyncKernelManager=sockets), stdout_file=stdout_file, stderr_file=stderr_file,
             )
             client.signals, signals.client = signals, client
+            client.skipped = set() if teach else lessons(nb_man.nb)
             relayed = {"TURBVIT_PROGRESS": "relay"} if client.relay else {}
             try:
                 client.execute(stderr=stderr, env=relayed | dict(os.environ) | (environment or {}))
@@ -291,6 +317,7 @@ def execute(
     report: Report,  # its folder is made
     parameters: dict,  # of the notebook
     environment: dict | None = None,  # variables for the kernel, besides those of this process
+    teach: bool = True,  # execute the lessons too
 ) -> None:
     "Execute the notebook into `report.unfinished`. Raises `JobError`."
     chapter.check(parameters)
@@ -299,7 +326,7 @@ def execute(
     kernel = dict(engine_name="turbvit", kernel_name="python3", language="python", progress_bar=False)
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
     with Signals() as signals:
-        job = dict(signals=signals, environment=environment)
+        job = dict(signals=signals, environment=environment, teach=teach)
         try:
             papermill.execute_notebook(chapter.path, report.unfinished, parameters, **kernel, **streams, **job)
         except (PapermillExecutionError, RuntimeError, KeyboardInterrupt) as error:
@@ -314,9 +341,9 @@ pre, code { font: 13px/1.45 ui-monospace, monospace }
 .output_stderr pre { color: #666 } .output_error pre { color: #a00 }
 .prompt, .anchor-link { display: none } img { max-width: 100% }
 blockquote { margin: 0; color: #666; font-style: italic }
-.output { overflow-x: auto } table { border-collapse: collapse; font-size: 14px }
+.output { overflow-x: auto } .code_cell { margin: .2rem 0 } caption { text-align: left } table { border-collapse: collapse; font-size: 14px }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
+td { white-space: nowrap } th:first-child, td:first-child { text-align: left }
 .cell { margin: .6rem 0 } header p { color: #666; font-size: 14px } math[display=block] { margin: .8rem 0 }
 details.code > summary { color: #888; font-size: 13px; cursor: pointer } details.code { margin: .2rem 0 }
 details.chapter { margin-top: 3rem; border-top: 1px solid #ddd; padding-top: 1rem }
@@ -364,7 +391,8 @@ def _made(nb: NotebookNode) -> str:
     if notes.get("end_time"):
         words.append(f"{datetime.fromisoformat(notes['end_time']):%d %B %Y, %H:%M} UTC")
     if notes.get("duration"):
-        words.append(f"took {clock(notes['duration'])}, its lessons included")
+        own = "" if nb.metadata.get("turbvit", {}).get("lessons") is False else ", its lessons included"
+        words.append(f"took {clock(notes['duration'])}{own}")
     return "; ".join([*words, f"made by {code}"] if code else words)
 
 
@@ -382,15 +410,28 @@ def _page(nb: NotebookNode, notebook: Path) -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>{"".join(parts)}</body></html>\n'
 
 # %% ../../nbs/lab/08_jobs.ipynb #e9520613
+_PROGRESS = r"^.*\d+(/\d+)?, (\d+ s|[\d:]+)(, .*)?\n"  # see `Meter.line`
+
+
+def _for_readers(nb: NotebookNode) -> NotebookNode:
+    "The notebook without what only tools and logs need; in place."
+    for cell in nb.cells:
+        if cell.cell_type != "code":
+            continue
+        cell.source = re.sub(r"^#\| .*\n?", "", cell.source, flags=re.M)
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = re.sub(_PROGRESS, "", output.text, flags=re.M)
+        cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
+    return nb
+
+
 def html_copy(
     notebook: Path,  # an executed notebook
     target: Path | None = None,  # default: beside it
 ) -> Path:  # of the HTML file
     "Write a notebook as one self-contained HTML file."
-    nb = nbformat.read(notebook, as_version=4)
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.source = re.sub(r"^#\| .*\n?", "", cell.source, flags=re.M)
+    nb = _for_readers(nbformat.read(notebook, as_version=4))
     target = target or notebook.with_suffix(".html")
     with atomic(target) as path:
         path.write_text(_page(nb, notebook), encoding="utf-8")
@@ -403,7 +444,9 @@ class Job:
 
     chapter: Chapter
     folder: Path  # of the run
+    config: Settings  # that will hold there
     parameters: dict  # of the notebook
+    teach: bool = True  # execute the lessons of the chapter too
 
     @property
     def report(self) -> Report:
@@ -416,18 +459,19 @@ def plan_job(
     config: str | os.PathLike,  # TOML file of a new run or of one to join, or a run folder
     overrides: Iterable[str] = (),  # "training.epochs=3", …
     parameters: dict | None = None,  # further parameters of the notebook
+    teach: bool = True,  # execute the lessons of the chapter too
 ) -> Job:
     "Check the chapter, the config and the run folder. Raises `LabError`."
     chapter = chapter if isinstance(chapter, Chapter) else find_chapter(chapter)
     parameters = {"config": str(config), "overrides": list(overrides)} | (parameters or {})
     chapter.check(parameters)
-    folder, _ = plan_run(find_config(config), chapter.stage, parameters["overrides"])
+    folder, settings = plan_run(find_config(config), chapter.stage, parameters["overrides"])
     if folder is None:
         remedy = "add one, or give --set output_dir=runs/name"
         raise LabError(f"{config} names no output_dir, so there is no folder for the report; {remedy}")
     if folder.exists():
         Lock(folder).release()
-    return Job(chapter, folder, parameters)
+    return Job(chapter, folder, settings, parameters, teach)
 
 # %% ../../nbs/lab/08_jobs.ipynb #4cfb8a95
 JOB_LOCK = ".job"
@@ -439,7 +483,7 @@ def run(self: Job) -> Report:  # of the finished stage
     self.folder.mkdir(parents=True, exist_ok=True)
     lock, report = Lock(self.folder, name=JOB_LOCK), self.report
     try:
-        execute(self.chapter, report, self.parameters, {"TURBVIT_JOB": str(self.folder)})
+        execute(self.chapter, report, self.parameters, {"TURBVIT_JOB": str(self.folder)}, self.teach)
         state = stages(self.folder).get(self.chapter.stage, {}).get("state", "done")
         if state != "done":
             os.replace(report.unfinished, report.failed)
@@ -457,9 +501,10 @@ def run_job(
     config: str | os.PathLike,  # TOML file of a new run or of one to join, or a run folder
     overrides: Iterable[str] = (),  # "training.epochs=3", …
     parameters: dict | None = None,  # further parameters of the notebook
+    teach: bool = True,  # execute the lessons of the chapter too
 ) -> Report:  # of the finished stage
     "Plan a job and run it. Raises `LabError`; a `JobError` has an exit code."
-    return plan_job(chapter, config, overrides, parameters).run()
+    return plan_job(chapter, config, overrides, parameters, teach).run()
 
 # %% ../../nbs/lab/08_jobs.ipynb #4298d013
 def unopened(
@@ -494,6 +539,47 @@ def next_stage(
     old = [f"{stage} is older than {entry['stale']}" for stage, entry in entries.items() if "stale" in entry]
     remedy = "; ".join([*old, "name a stage to do it again"])
     raise LabError(f"{folder}: nothing to resume, done are {', '.join(entries)}; {remedy}")
+
+# %% ../../nbs/lab/08_jobs.ipynb #6f5f56ff
+@dataclass(frozen=True)
+class Step:
+    "A stage on the way through a config."
+
+    chapter: Chapter
+    state: str  # "done", "to do", "to go on with", "to do again: prune is newer", "left out: no [pruning]"
+    source: str  # the config, or the run folder where the stage has begun
+
+    @property
+    def due(self) -> bool:
+        "Whether there is something to do."
+        return self.state.startswith("to ")
+
+
+def steps(
+    config: str | os.PathLike,  # TOML file or run folder
+    overrides: Iterable[str] = (),  # "training.epochs=3", …
+) -> list[Step]:  # in the order of the chapters
+    "What a config asks for and how far it is."
+    path, known = find_config(config), registry()["stages"]
+    settings = load_config(path, overrides)
+    name = settings.top.output_dir or settings.top.run
+    folder = path if path.is_dir() else run_folder(name) if name else None
+    entries = stages(folder) if folder else {}
+    through = [chapter for chapter in chapters() if chapter.stage in known]
+    return [_step(c, settings.has(known[c.stage]["section"]), entries.get(c.stage), str(config), folder) for c in through]
+
+# %% ../../nbs/lab/08_jobs.ipynb #2a047b01
+def _step(chapter: Chapter, wanted: bool, entry: dict | None, config: str, folder: Path | None) -> Step:
+    "How far one stage is."
+    if not wanted:
+        return Step(chapter, f"left out: no [{registry()['stages'][chapter.stage]['section']}] in the config", config)
+    if entry is None:
+        return Step(chapter, "to do", config)
+    if entry["state"] != "done":
+        return Step(chapter, f"to go on with: {entry['state']}", str(folder))
+    if "stale" in entry:
+        return Step(chapter, f"to do again: {entry['stale']} is newer", str(folder))
+    return Step(chapter, "done", str(folder))
 
 # %% ../../nbs/lab/08_jobs.ipynb #2067dc99
 class Together:
