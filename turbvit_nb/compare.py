@@ -26,7 +26,8 @@ from turbvit_nb.study.entries import (
     row,
     study_step,
 )
-from .study.verdict import Finding, score_rows, verdict
+from .study.scorecard import score_rows
+from .study.verdict import Finding, verdict
 
 # %% ../nbs/07_compare.ipynb #eac30500
 from .short_analysis import curve
@@ -52,7 +53,8 @@ def _with_curves(data: xr.Dataset, entries: Sequence[Entry]) -> xr.Dataset:
         table = np.full((len(entries), last), np.nan)
         for line, entry in zip(table, entries):
             if entry.scores is not None:
-                values = entry.scores.lead_time.values if key == "lead_time" else curve(entry.scores, key[:-2])
+                scores = entry.scores
+                values = scores.lead_time.values if key == "lead_time" else curve(scores, key[:-2])
                 line[: len(values)] = values
         data[key] = (("entry", "lead"), table, {"long_name": words})
     return data.assign_coords(lead=("lead", np.arange(1, last + 1), {"units": "steps"})) if last else data
@@ -67,7 +69,12 @@ def _json_ready(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def comparison_json(entries: Sequence[Entry], missing: Sequence[str], said: Sequence[Finding], leads: Sequence[int]) -> dict:
+def comparison_json(
+    entries: Sequence[Entry],
+    missing: Sequence[str],
+    said: Sequence[Finding],
+    leads: Sequence[int],
+) -> dict:
     "What comparison.json holds."
     about = lambda e: {"label": e.label, "run": e.run, "checkpoint": e.checkpoint}
     rows = [about(e) | row(e, leads, study_step(entries)) for e in entries]
