@@ -20,7 +20,7 @@ from torch import Tensor
 
 # %% ../../nbs/climate/02_records.ipynb #577857d6
 from ..datasets import FrameDataset, open_dataset, scored_section
-from ..inference import Rollout, open_rollout
+from .rollouts import Rollout, open_rollout
 from ..lab.checkpoints import Identity, identity_of, order
 from ..lab.config import Config, LabError
 from ..lab.progress import note
