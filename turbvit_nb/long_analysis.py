@@ -76,10 +76,10 @@ def _unfit(record: Record, config: AnalysisConfig, side: int, step: float) -> st
         grids = f"{record.label} is on a grid of {record.side}², the truth on {side}²"
         return f"{grids}; a climate can only be compared on one grid"
     if not np.isclose(record.step, step, rtol=1e-3):
-        steps = f"{record.label} has frames every {record.step:g} time units, the truth every {step:g}"
-        return f"{steps}; use rollouts with one step and one save_every"
+        steps = f"{record.label} has frames every {record.step:g} time units"
+        return f"{steps}, the truth every {step:g}; use rollouts with one step and one save_every"
 
-
+# %% ../nbs/06_long_analysis.ipynb #49668c91
 def usable_records(
     records: Sequence[Record],
     config: AnalysisConfig,
@@ -96,7 +96,7 @@ def _short_of_blocks(name: str, records: Sequence[Record], setting: Setting) -> 
     block, longest = setting.config.extreme_block, max(map(len, records)) * setting.step
     asked = setting.config.return_period or setting.config.return_period_anomaly
     if asked and 3 * block > longest + setting.step / 2:
-        needs = f"analysis.extreme_block = {block:g} time units needs three blocks, of which two are whole"
+        needs = f"analysis.extreme_block = {block:g} time units needs three blocks to have two whole"
         return f"{needs}; the longest record of {name} has {longest:.3g}: no fit of block maxima"
 
 
@@ -108,8 +108,9 @@ def check_source(
     "Raise `LabError` where the records are too short for the config; note what is left out."
     config, shortest, side = setting.config, min(map(len, records)), records[0].side
     if shortest < frames_needed(config):
-        asks = f"analysis.PC_autocorr_nlags = {config.PC_autocorr_nlags} needs more frames than that"
-        raise LabError(f"{asks}; a record of {name} has {shortest}: lower it or use longer records")
+        lags = f"analysis.PC_autocorr_nlags = {config.PC_autocorr_nlags}"
+        asks = f"{lags} needs more frames than that; "
+        raise LabError(f"{asks}a record of {name} has {shortest}: lower it or use longer records")
     if config.zonal_eof_pc and not 1 <= config.eof_ncomp <= side:
         asks = f"analysis.eof_ncomp = {config.eof_ncomp}"
         raise LabError(f"{asks}: profiles of {side} points have 1 to {side} EOFs")
@@ -179,7 +180,9 @@ def take_part(run: Run, name: str, records: Sequence[Record], setting: Setting) 
         save_kept(target, kept, made)
 
 
-def kept_of(run: Run, name: str, records: Sequence[Record], setting: Setting) -> dict[str, Diagnostic]:
+def kept_of(
+    run: Run, name: str, records: Sequence[Record], setting: Setting
+) -> dict[str, Diagnostic]:
     "The diagnostics of a source: from one pass, or from the parts in the runs of `analysis.merge`."
     if not setting.config.merge:
         return in_processes(records, setting, desc=name)
@@ -213,14 +216,14 @@ def analyse_source(
 def _sources(run: Run, dataset: FrameDataset) -> tuple[list[Record], dict, dict]:
     "Records of the truth; those of each group of rollouts; and of what checkpoint these are."
     config = climate_settings(run.config)
-    folder = Path(config.inference_dir).expanduser() if config.inference_dir else run.path / "inference"
+    folder = Path(config.inference_dir or run.path / "inference").expanduser()
     groups = rollout_groups(folder, dataset.step)
     cut = lambda rollout: rollout_record(rollout).first(config.analysis_length)
     rollouts = {name: list(map(cut, group)) for name, group in groups.items()}
     first = next(record for records in rollouts.values() for record in records)
     truth = truth_records(dataset, spacing(dataset, first), config.analysis_length)
-    about = {name: attributes(source_of(name, group)) | {"checkpoint": name} for name, group in groups.items()}
-    return truth, rollouts, about
+    about = {name: attributes(source_of(name, group)) for name, group in groups.items()}
+    return truth, rollouts, {name: of | {"checkpoint": name} for name, of in about.items()}
 
 # %% ../nbs/06_long_analysis.ipynb #24a1ffff
 def _note_left_out(run: Run, sources: Mapping, left_out: Mapping[str, list[str]]) -> None:
@@ -234,7 +237,9 @@ def _note_left_out(run: Run, sources: Mapping, left_out: Mapping[str, list[str]]
         (run.path / "long_analyses" / f"{name}.nc").unlink(missing_ok=True)
 
 
-def _fitting_sources(run: Run, truth: list[Record], rollouts: Mapping, setting: Setting) -> tuple[dict, dict]:
+def _fitting_sources(
+    run: Run, truth: list[Record], rollouts: Mapping, setting: Setting
+) -> tuple[dict, dict]:
     "The sources that can be analysed, and what is left out of each."
     check_source("truth", truth, setting)
     sources, left_out = {"truth": truth}, {"truth": []}
@@ -248,7 +253,7 @@ def _fitting_sources(run: Run, truth: list[Record], rollouts: Mapping, setting: 
 
 # %% ../nbs/06_long_analysis.ipynb #851801fc
 def long_analysis(run: Run) -> dict[str, xr.Dataset]:
-    "The climates of the truth and of every checkpoint with rollouts; of a part, nothing but its sums."
+    "The climates of the truth and of every checkpoint with rollouts; none of a part."
     ensure_data(run.config)
     dataset = open_truth(run.config)
     truth, rollouts, about = _sources(run, dataset)

@@ -83,7 +83,8 @@ BLOCKS = 32
 def block_frames(records: Sequence[Record]) -> int:
     "Frames per block: a 32nd of all; less where a record would not hold 8, but at least a 128th."
     total = sum(map(len, records))
-    return max(1, total // (4 * BLOCKS), min(total // BLOCKS, *(len(record) // 8 for record in records)))
+    eighths = [len(record) // 8 for record in records]
+    return max(1, total // (4 * BLOCKS), min(total // BLOCKS, *eighths))
 
 
 def _rounded_up(x: float) -> float:
@@ -185,7 +186,9 @@ def append(self: Diagnostic, name: str, record: int, start: int, rows: np.ndarra
 
 # %% ../../nbs/climate/04_diagnostics.ipynb #fbaa28ca
 @patch
-def append_numbered(self: Diagnostic, name: str, record: int, numbers: np.ndarray, rows: np.ndarray) -> None:
+def append_numbered(
+    self: Diagnostic, name: str, record: int, numbers: np.ndarray, rows: np.ndarray
+) -> None:
     "Append rows with these numbers, stretch by stretch."
     for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(numbers) != 1) + 1):
         self.append(name, record, int(numbers[run[0]]), rows[run[0] : run[-1] + 1])
@@ -210,7 +213,7 @@ def moved(self: Diagnostic, name: str, value: Tensor, distance: float) -> Tensor
 
 @patch
 def block_sums(self: Diagnostic, name: str) -> list[tuple[int, int, Tensor]]:
-    "(record, frames, sum) of every block in time order, record by record; records moved by `shifts`."
+    "(record, frames, sum) of every block in time order; records moved by `shifts`."
     sums = []
     for (record, _), (count, value) in sorted(self.blocks[name].items(), key=lambda item: item[0]):
         distance = self.shifts.get(record)

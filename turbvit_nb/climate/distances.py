@@ -87,7 +87,7 @@ def summary_distances(
         distances[f"{name} (relative)"] = float(abs(mine[name] / other[name] - 1))
     return distances
 
-
+# %% ../../nbs/climate/10_distances.ipynb #a868ef46
 def climate_distances(data: xr.Dataset, truth: xr.Dataset) -> dict[str, float]:
     "Distances of a climate from `truth` in what both files hold; see `summary_distances`."
     return summary_distances(climate_summary(data), climate_summary(truth), truth)
@@ -99,7 +99,9 @@ def memory_in_blocks(data: xr.Dataset) -> int:
     return block_length(energies) if data.sizes["block"] >= 8 else 1
 
 
-def _draws(data: xr.Dataset, resamples: int, seed: int, size: int | None = None) -> list[np.ndarray]:
+def _draws(
+    data: xr.Dataset, resamples: int, seed: int, size: int | None = None
+) -> list[np.ndarray]:
     "Resampled block numbers: neighbours together for as long as the energy remembers."
     n, rng, length = data.sizes["block"], np.random.default_rng(seed), memory_in_blocks(data)
     size = size or n
@@ -187,7 +189,8 @@ def climate_bias(
     other: xr.Dataset | None = None,  # what the climate is compared with; default the truth
 ) -> tuple[float, float, float]:
     "Time mean of a series less that of the other, over the truth's, with its interval."
-    mine, theirs = finite_series(climate, name), finite_series(truth if other is None else other, name)
+    other = truth if other is None else other
+    mine, theirs = finite_series(climate, name), finite_series(other, name)
     apart, level = torch.cat(mine).mean() - torch.cat(theirs).mean(), truth.attrs.get("level", 0.95)
     long = [[record for record in records if len(record) >= 8] for records in (mine, theirs)]
     ends = difference_interval(*long, float(level)) if all(long) else (math.nan, math.nan)
@@ -199,8 +202,9 @@ def drift_tests(data: xr.Dataset) -> dict[str, Stationarity]:
     "`Stationarity` of energy and enstrophy, of records of at least 16 frames; none without one."
     found = {}
     for name in BUDGETED:
-        rows = [(t[np.isfinite(v)], v[np.isfinite(v)]) for t, v in zip(data.time.values, data[name].values)]
-        rows = [(torch.tensor(t), torch.tensor(v)) for t, v in rows if len(t) >= 16]
+        pairs = [torch.tensor(np.stack(pair)) for pair in zip(data.time.values, data[name].values)]
+        seen = [pair[:, pair[1].isfinite()] for pair in pairs]
+        rows = [(t, v) for t, v in seen if len(t) >= 16]
         if rows:
             found[name] = stationarity(rows)
     return found
@@ -222,7 +226,7 @@ def drift_words(found: Stationarity) -> str:
         return "too short to tell"
     return f"no drift shown (≤ {bound:.1f} σ)" if math.isfinite(bound) else "no drift shown"
 
-
+# %% ../../nbs/climate/10_distances.ipynb #a6f44f4e
 def drifting(data: xr.Dataset) -> list[str]:
     "Which of energy and enstrophy drift, in words; empty where none is seen to."
     moving = {name: found for name, found in drift_tests(data).items() if found.verdict == "drifts"}
@@ -235,8 +239,8 @@ def enstrophy_excess(data: xr.Dataset, truth: xr.Dataset, factor: float = 10.0) 
     usual, told = float(truth.enstrophy.mean()), []
     for label, times, values in zip(data.record.values, data.time.values, data.enstrophy.values):
         seen = np.isfinite(values)
-        clock, series = (torch.tensor(part) for part in (times[seen] - times[seen][0], values[seen]))
-        when = excess_time(clock, series, usual, factor)
+        clock = torch.tensor(times[seen] - times[seen][0])
+        when = excess_time(clock, torch.tensor(values[seen]), usual, factor)
         if math.isfinite(when):
             words = f"{label} exceeds {factor:g} times the truth's mean enstrophy"
             told.append(f"{words} {when:.3g} time units after its first frame")
@@ -261,8 +265,9 @@ def wandering(data: xr.Dataset, truth: xr.Dataset) -> tuple[float, float, float]
     "Share of blocks whose jets are away from the truth's mean place, with its interval."
     away = blocks_away(data, truth)
     independent, level = len(away) / memory_in_blocks(data), float(truth.attrs.get("level", 0.95))
-    share = float(away.mean()) if len(away) else math.nan
-    return share, *(proportion_interval(share, independent, level) if len(away) else (math.nan,) * 2)
+    if not len(away):
+        return math.nan, math.nan, math.nan
+    return float(away.mean()), *proportion_interval(float(away.mean()), independent, level)
 
 # %% ../../nbs/climate/10_distances.ipynb #4a219e8e
 def _place(name: str, data: xr.Dataset) -> tuple:

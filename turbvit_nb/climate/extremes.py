@@ -133,13 +133,18 @@ def extreme_row(
 
 # %% ../../nbs/climate/08_extremes.ipynb #75dbd70f
 LEVELS = {"units": "length/time, 1/time"}
-_FITS = {"gpd": "a generalised Pareto fit of the events", "gev": "a generalised extreme value fit of block maxima"}
+_FITS = {
+    "gpd": "a generalised Pareto fit of the events",
+    "gev": "a generalised extreme value fit of block maxima",
+}
 ABOUT = {
     "threshold": {"long_name": "threshold of an event"} | LEVELS,
     "gap": {"long_name": "time below the threshold between two events", "units": "time"},
     "extremal_index": {"long_name": "extremal index, of frames", "units": "1"},
     "return_period": {"long_name": "empirical return period", "units": "time"},
-    "return_level": {"long_name": "level that an event has reached once per return period"} | LEVELS,
+    "return_level": {
+        "long_name": "level that an event has reached once per return period"
+    } | LEVELS,
 }
 for _end in ("", "_low", "_high"):
     _text = _end.replace("_", ", ")
@@ -151,8 +156,10 @@ for _end in ("", "_low", "_high"):
 def _stacked(values: Sequence) -> np.ndarray:
     "Lists of numbers as rows, padded with NaN."
     longest = max(map(len, values))
-    pad = lambda row: np.pad(np.asarray(row, float), (0, longest - len(row)), constant_values=np.nan)
-    return np.stack([pad(row) for row in values])
+    padded = np.full((len(values), longest), np.nan)
+    for row, found in zip(padded, values):
+        row[: len(found)] = found
+    return padded
 
 
 def extreme_arrays(

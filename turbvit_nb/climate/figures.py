@@ -35,7 +35,8 @@ def marked(climates: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     "The climates under their labels, which say of the rollouts whether they drift."
     drifts = lambda data: json.loads(data.attrs.get("drifts", "[]"))
     mark = lambda source, data: " (drifts)" * bool(source != "truth" and drifts(data))
-    return {source_label(source, data) + mark(source, data): data for source, data in climates.items()}
+    name = lambda source, data: source_label(source, data) + mark(source, data)
+    return {name(source, data): data for source, data in climates.items()}
 
 
 def bands_of(climates: Mapping[str, xr.Dataset], name: str, **where) -> dict[str, tuple]:
@@ -69,7 +70,8 @@ def spectrum_ratio_figure(
     shells = slice(1, int((truth.sizes["shell"] - 1) / 2**0.5) + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         over = lambda values: (values / truth[name].values)[shells]
-        lines = {source: (truth.shell.values[shells], over(data[name].values)) for source, data in named.items()}
+        k = truth.shell.values[shells]
+        lines = {source: (k, over(data[name].values)) for source, data in named.items()}
         bands = {source: tuple(map(over, ends)) for source, ends in bands_of(named, name).items()}
     marks = {mark: k for mark, k in wave_marks(truth).items() if k}
     label = f"{_SPECTRA[name].split()[0]} / truth's"

@@ -58,7 +58,8 @@ def square_weights(N: int) -> dict[str, np.ndarray]:
     "Per |coefficient|², (N·(N/2+1),): its share of a mean square, and that times k² or 1/k²."
     waves = grid(N)
     flat = lambda values: (values * waves.weights / N**4).expand(N, -1).flatten().numpy()
-    kinds = {"square": torch.ones_like(waves.k2), "gradient": waves.k2, "velocity": waves.inverse_k2}
+    one = torch.ones_like(waves.k2)
+    kinds = {"square": one, "gradient": waves.k2, "velocity": waves.inverse_k2}
     return {name: flat(values) for name, values in kinds.items()}
 
 # %% ../../nbs/climate/03_frames.ipynb #40baec96
@@ -93,7 +94,7 @@ def combined(self: Piece, name: str) -> Tensor:
 
 @patch
 def waves(self: Piece, name: str) -> Tensor:
-    "Coefficients (n, N, N/2+1), unscaled, of ω; or of u, v or the divergence, where u and v were read."
+    "Coefficients (n, N, N/2+1), unscaled, of ω; of u, v or the divergence where u and v were read."
     if name in ("u", "v"):
         return self.coefficients[:, "uv".index(name)]
     if self.velocity is None:
@@ -109,8 +110,9 @@ def waves(self: Piece, name: str) -> Tensor:
 def field(self: Piece, name: str) -> Tensor:
     "u, v or omega on the grid, (n, N, N)."
     if name == "omega":
-        given = self.velocity is None
-        return self.vorticity if given else _to_grid(self.waves("omega")) / self.given.shape[-1] ** 2
+        if self.velocity is None:
+            return self.vorticity
+        return _to_grid(self.waves("omega")) / self.given.shape[-1] ** 2
     if self.velocity is not None:
         return self.velocity[:, "uv".index(name)]
     return _to_grid(self.waves("omega") * self.factor(name))
@@ -141,7 +143,7 @@ class FrameSums:
         times: np.ndarray,  # of the frames that may come
         like: Piece,  # in what they are given
         start: int = 0,  # number of the first frame in the record
-        block: int = 0,  # number of the block of frames that these belong to
+        block: int = 0,  # number of their block of frames
         wants: Collection[str] = WANTS,  # what is to be known besides spectra and energies
         bins: Mapping[str, tuple] = {},  # of u and ω, where counted: (low, high, how many)
         climate: Mapping[str, np.ndarray] = {},  # what anomalies of u and ω are from, (N²,)
@@ -152,11 +154,10 @@ class FrameSums:
         divergence = {"divergence"} & {*wants} if like.velocity is not None else set()
         spectra = sorted({"omega", *self.given} | divergence)
         self.waves = {name: WaveSums(_wave_weights(self.side, name)) for name in spectra}
-        self.points = {}
-        for name, want in (("u", "velocity"), ("omega", "omega")):
-            if want in wants:
-                usual = climate[name].astype(self.dtype, copy=False) if name in climate else None
-                self.points[name] = PointSums(self.side**2, bins.get(name), usual)
+        values = [name for name, want in (("u", "velocity"), ("omega", "omega")) if want in wants]
+        usual = {name: mean.astype(self.dtype, copy=False) for name, mean in climate.items()}
+        count = lambda name: PointSums(self.side**2, bins.get(name), usual.get(name))
+        self.points = {name: count(name) for name in values}
         self.products = ProductSums(self.side)
         self.known: dict[str, list] = {}
 
@@ -166,7 +167,8 @@ def take(self: FrameSums, piece: Piece) -> FrameSums:
     "Add the next frames."
     omega_hat = piece.waves("omega")
     known = {"along y": piece.coefficients[:, :, 0].numpy().copy()}  # of what was read
-    known |= {"omega y": omega_hat[:, 0].numpy().copy(), "omega x": omega_hat[:, :, 0].numpy().copy()}
+    known["omega y"] = omega_hat[:, 0].numpy().copy()
+    known["omega x"] = omega_hat[:, :, 0].numpy().copy()
     for name, sums in self.waves.items():
         known |= dict(zip(OF_WAVES[name], sums.take(_rows(piece.waves(name))).T))
     if "u" in self.points:

@@ -45,7 +45,7 @@ class AnalysisConfig(ForecastConfig):
     div: bool = True  # divergence of the velocity
     return_period: bool = True  # extremes of u and ω
     return_period_anomaly: bool = True  # extremes of their anomalies from the climatology
-    extreme_block: float = Field(1.0, gt=0, allow_inf_nan=False)  # block of the extremes, time units
+    extreme_block: float = Field(1.0, gt=0, allow_inf_nan=False)  # of the extremes, time units
     PDF_U: bool = True  # distribution of u
     PDF_Omega: bool = True  # distribution of ω
     pdf_bins: int = Field(200, ge=2)  # bins of both
@@ -54,7 +54,7 @@ class AnalysisConfig(ForecastConfig):
     budget: bool = True  # budgets of energy, enstrophy and zonal momentum
     symmetry: bool = True  # test of the flow's symmetries, which needs no truth
     artefact: bool = True  # power at multiples of the patch wavenumber
-    extreme_quantile: float = Field(0.95, gt=0, lt=1)  # an event exceeds it, of the truth's extremes
+    extreme_quantile: float = Field(0.95, gt=0, lt=1)  # of the truth; events exceed it
     part: Part = None  # [i, n]: the i-th of n parts only; a job with `merge` joins them
     merge: Merge = None  # run folders that hold all the parts
 
@@ -69,4 +69,5 @@ def climate_settings(config: Config) -> AnalysisConfig:
 
 def climate_keys() -> set[str]:
     "The keys on which a climate depends."
-    return AnalysisConfig.model_fields.keys() - ForecastConfig.model_fields.keys() - SHARING | {"level"}
+    forecast = ForecastConfig.model_fields.keys()
+    return AnalysisConfig.model_fields.keys() - forecast - SHARING | {"level"}

@@ -69,7 +69,7 @@ def _looking(diagnostics: Collection[Diagnostic]) -> list[Diagnostic]:
     "Those that look at pieces."
     return [one for one in diagnostics if type(one).look is not Diagnostic.look]
 
-
+# %% ../../nbs/climate/09_passes.ipynb #31f8c6f2
 def stretches(
     record: Record,
     number: int,  # of the record in its source
@@ -150,7 +150,8 @@ def save_kept(
     for switch, one in diagnostics.items():
         for name, kept in one.blocks.items():
             keys = [(*key, count) for key, (count, _) in kept.items()]
-            arrays[f"{switch}/blocks/{name}"] = np.stack([value.numpy() for _, value in kept.values()])
+            sums = [value.numpy() for _, value in kept.values()]
+            arrays[f"{switch}/blocks/{name}"] = np.stack(sums)
             arrays[f"{switch}/keys/{name}"] = np.array(keys)
         for name, kept in one.series.items():
             for record, rows in kept.items():
@@ -166,7 +167,8 @@ def _take_arrays(one: Diagnostic, arrays: Mapping, key: str) -> None:
     if kind == "blocks":
         keys = arrays[f"{switch}/keys/{names[0]}"].tolist()
         values = map(torch.from_numpy, map(np.copy, arrays[key]))
-        one.blocks[names[0]] = {(r, b): (count, value) for (r, b, count), value in zip(keys, values)}
+        kept = {(r, b): (count, value) for (r, b, count), value in zip(keys, values)}
+        one.blocks[names[0]] = kept
     elif kind == "series":
         numbers = arrays[f"{switch}/numbers/{'/'.join(names)}"]
         one.append_numbered(names[0], int(names[1]), numbers, arrays[key])
@@ -232,26 +234,30 @@ def part_file(folder: Path, name: str, part: tuple[int, int]) -> Path:
 
 def _part_files(folders: Sequence[Path], name: str) -> dict[str, Path]:
     "All parts of a source in some runs, by file name. Raises `LabError` where they are no whole."
-    place = Path("long_analyses") / "parts"
-    found = {path.name: path for folder in folders for path in (Path(folder) / place).glob(f"{name}.*of*.npz")}
+    found = {}
+    for folder in folders:
+        for path in (Path(folder) / "long_analyses" / "parts").glob(f"{name}.*of*.npz"):
+            found[path.name] = path
     counts = {file.rsplit("of", 1)[1] for file in found}
     if not found:
         where = ", ".join(map(str, folders))
-        raise LabError(f"analysis.merge: no part of {name} in {where}; analyse it with analysis.part = [i, n] first")
+        remedy = "analyse it with analysis.part = [i, n] first"
+        raise LabError(f"analysis.merge: no part of {name} in {where}; {remedy}")
     total = int(next(iter(counts)).split(".")[0])
     missing = [i for i in range(1, total + 1) if f"{name}.{i}of{total}.npz" not in found]
     if len(counts) > 1 or missing:
         lacks = ", ".join(map(str, missing)) or "alike"
-        raise LabError(f"analysis.merge: the parts of {name} do not make a whole; of {total}, there is none numbered {lacks}")
+        wrong = f"the parts of {name} do not make a whole"
+        raise LabError(f"analysis.merge: {wrong}; of {total}, there is none numbered {lacks}")
     return dict(sorted(found.items()))
 
-
+# %% ../../nbs/climate/09_passes.ipynb #15675255
 def read_parts(
     folders: Sequence[Path],  # of the runs that hold them
     name: str,  # of the source
     setting: Setting,
 ) -> tuple[list[dict[str, Diagnostic]], set[str]]:
-    "The parts of a source, and what they say they are parts of. Raises `LabError` where one is missing."
+    "The parts of a source, and what they say they are parts of; all must be there."
     remedy, read = "delete it and analyse that part again", lambda path: read_kept(path, setting)
     parts = [result_file(path, read, remedy) for path in _part_files(folders, name).values()]
     return [part for part, _ in parts], {about for _, about in parts}
@@ -263,7 +269,9 @@ def part_about(path: Path) -> str:
         return str(kept["about"])
 
 # %% ../../nbs/climate/09_passes.ipynb #614816b8
-def _take_share(target: Path, records: Sequence[Record], setting: Setting, part: tuple, parent: int) -> None:
+def _take_share(
+    target: Path, records: Sequence[Record], setting: Setting, part: tuple, parent: int
+) -> None:
     "The life of a forked process: its part into the file `target`, or an error as text beside it."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -316,7 +324,8 @@ def in_processes(
     workers = (workers or torch.get_num_threads()) if _can_fork() else 1
     (i, n), spans = part, part_of(records, part, setting.block)
     mine, *others = [((i - 1) * workers + j, n * workers) for j in range(1, workers + 1)]
-    frames, fork = sum(b - a for a, b in spans.values()), get_context("fork").Process if others else None
+    frames = sum(b - a for a, b in spans.values())
+    fork = get_context("fork").Process if others else None
     with Meter(frames, desc, "frame") as meter, tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{j}.npz" for j, _ in others]
         told = [(file, records, setting, share, os.getpid()) for file, share in zip(files, others)]
@@ -335,15 +344,15 @@ def _with_coordinates(data: xr.Dataset, records: Sequence[Record]) -> xr.Dataset
         if axis in data.dims:
             points = np.arange(data.sizes[axis]) * 2 * np.pi / data.sizes[axis]
             data = data.assign_coords({axis: (axis, points, {"units": "length"})})
-    named = {"field": ["u", "v", "omega"], "extreme": list(EXTREMES)}
-    named["record"] = [record.label for record in records]
+    labels = [record.label for record in records]
+    named = {"field": ["u", "v", "omega"], "extreme": list(EXTREMES), "record": labels}
     for name, first in {"shell": 0, "zonal_wavenumber": 0, "lag": 0, "mode": 1}.items():
         if name in data.dims:
             named[name] = np.arange(first, data.sizes[name] + first)
     data = data.assign_coords({name: values for name, values in named.items() if name in data.dims})
     return data.set_coords([name for name in ("lag_time", "time") if name in data])
 
-
+# %% ../../nbs/climate/09_passes.ipynb #b4c5993a
 def climate_dataset(
     diagnostics: Mapping[str, Diagnostic],
     records: Sequence[Record],

@@ -167,7 +167,8 @@ def rollout_groups(
 ) -> dict[str, list[Rollout]]:
     "The rollouts below `folder` by the name of the folder above them, in the order of checkpoints."
     if not folder.is_dir() or not (chunks := list(folder.rglob("[0-9]*.npy"))):
-        raise LabError(f"no rollout in {folder}; run the inference first, or set analysis.inference_dir")
+        remedy = "run the inference first, or set analysis.inference_dir"
+        raise LabError(f"no rollout in {folder}; {remedy}")
     groups, damaged = {}, []
     for path in sorted({chunk.parent for chunk in chunks}):
         try:

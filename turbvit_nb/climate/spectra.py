@@ -8,7 +8,7 @@ __all__ = ['SPECTRA', 'central_moments', 'Distribution', 'density_arrays', 'mome
 
 # %% ../../nbs/climate/06_spectra.ipynb #a58a30f5
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -141,7 +141,8 @@ def wave_arrays(
     "The energy of every wave over (kx, ky)."
     N = side_of(power)
     shifted = np.fft.fftshift(as_numbers(power).reshape(N, N // 2 + 1), axes=0)
-    about = {"long_name": "kinetic energy per wave, its conjugate included", "units": "length²/time²"}
+    about = {"long_name": "kinetic energy per wave, its conjugate included"}
+    about["units"] = "length²/time²"
     axes = {"kx": np.arange(-N // 2, N // 2), "ky": np.arange(N // 2 + 1)}
     named = {name: ((name,), values, {"units": "1"}) for name, values in axes.items()}
     return {"wave_energy": (("kx", "ky"), shifted.astype(np.float32), about)} | named
@@ -167,7 +168,8 @@ class Spectra(Diagnostic, switch="spectra"):
         "The spectra, their intervals and means over blocks, and the energy of every wave."
         arrays, sizes = {}, self.sizes("omega")
         for name, (what, by, dim, text, unit) in SPECTRA.items():
-            mean, blocks = (summed(self.power(what, of), by) for of in (self.mean, self.block_means))
+            sums = (self.power(what, of) for of in (self.mean, self.block_means))
+            mean, blocks = (summed(power, by) for power in sums)
             ends = self.positive_interval(mean, blocks, sizes)
             arrays |= self.named(name, (dim,), mean, ends, text, unit)
             about = {"long_name": f"{text}, mean over a block of frames", "units": unit}
@@ -191,7 +193,8 @@ class Py2DSpectra(Diagnostic, switch="py2d_spectra"):
 
     def result(self) -> Arrays:
         dims, arrays = ("field", "zonal_wavenumber"), {}
-        texts = {"angular": "amplitude summed over shells", "zonal": "amplitude of waves in x, mean over y"}
+        texts = {"angular": "amplitude summed over shells"}
+        texts["zonal"] = "amplitude of waves in x, mean over y"
         for name, text in texts.items():
             about = {"long_name": f"{text}, as Py2D does", "units": "of the field"}
             arrays[f"py2d_{name}_spectrum"] = (dims, as_numbers(self.mean(name)), about)

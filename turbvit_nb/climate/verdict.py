@@ -121,11 +121,12 @@ def drift_table(climates: Mapping[str, xr.Dataset]) -> Table:
     for source, data in climates.items():
         moved = ", ".join(f"{distance:.2f}" for distance in json.loads(data.attrs["turns"]))
         row = {"source": source_label(source, data)} | drift_row(data)
-        row["enstrophy above 10 × the truth's"] = "; ".join(enstrophy_excess(data, climates["truth"])) or "never"
+        excess = "; ".join(enstrophy_excess(data, climates["truth"]))
+        row["enstrophy above 10 × the truth's"] = excess or "never"
         row["ends early"] = "; ".join(json.loads(data.attrs.get("ended_early", "[]"))) or "no"
         rows.append(row | {"records moved along y by": moved})
-    caption = "Is there a climate at all? Changes over a record in standard deviations [99 % interval]"
-    return Table(rows, f"{caption}; a drift is beyond its interval and beyond one standard deviation")
+    caption = "Is there a climate at all? Changes over a record in standard deviations "
+    return Table(rows, caption + "[99 % interval]; a drift is beyond its interval and beyond one")
 
 # %% ../../nbs/climate/12_verdict.ipynb #07292124
 def _largest_term(data: xr.Dataset, name: str) -> float:
@@ -144,7 +145,7 @@ def residuals(data: xr.Dataset) -> dict[str, tuple[float, float, float]]:
             found[name] = tuple(end / scale if scale else math.nan for end in ends)
     return found
 
-
+# %% ../../nbs/climate/12_verdict.ipynb #53033df9
 def unresolved(truth: xr.Dataset, cutoff: float) -> dict[str, float]:
     "What the truth's budgets would leave over without its waves beyond the `cutoff`."
     if not cutoff or "wave_energy" not in truth or "energy_budget" not in truth:
@@ -205,7 +206,7 @@ def _mode_row(data: xr.Dataset, modes: int) -> dict:
         row["1 apart from 2"] = "yes" if ends[1][1] > ends[2][2] else "no"
     return row
 
-
+# %% ../../nbs/climate/12_verdict.ipynb #8f0db36f
 def eof_table(climates: Mapping[str, xr.Dataset], modes: int = 3) -> Table:
     "A row per source: variance of the zonal flow, jets away, EOFs, and memory of the first PC."
     rows, truth = [], climates["truth"]
@@ -220,9 +221,9 @@ def eof_table(climates: Mapping[str, xr.Dataset], modes: int = 3) -> Table:
         if memories:
             row["memory of PC 1 (time)"] = time_text(float(np.mean(memories)) * step, step)
         rows.append(row)
-    caption = "How the zonal flow varies. Jets away: share of blocks of frames farther from the truth's"
-    caption += " mean flow than half its strength. EOFs: shares of the variance; where the intervals"
-    return Table(rows, f"{caption} of two overlap, they are mixtures of one another (North et al. 1982)")
+    caption = "How the zonal flow varies. Jets away: share of blocks of frames farther from the "
+    caption += "truth's mean flow than half its strength. EOFs: shares of the variance; where the "
+    return Table(rows, caption + "intervals of two overlap, they are mixtures (North et al. 1982)")
 
 # %% ../../nbs/climate/12_verdict.ipynb #fbbb5f76
 Answer = tuple[str, str]  # a mark, and a sentence
@@ -231,12 +232,14 @@ Answer = tuple[str, str]  # a mark, and a sentence
 def record_answer(data: xr.Dataset, truth: xr.Dataset) -> Answer:
     "Are the records whole?"
     wrong = enstrophy_excess(data, truth)
-    wrong += [f"a record ends early: {what}" for what in json.loads(data.attrs.get("ended_early", "[]"))]
-    left = json.loads(data.attrs.get("left_out", "[]"))
+    early, left = (json.loads(data.attrs.get(name, "[]")) for name in ("ended_early", "left_out"))
+    wrong += [f"a record ends early: {what}" for what in early]
     wrong += [f"left out, so this is the climate of the others only: {what}" for what in left]
-    count = data.sizes.get("record", 1)
-    whole = f"{count} record{'s' * (count != 1)} of {time_text(duration(data) / count, time_step(data))}"
-    return ("✗", "; ".join(wrong)) if wrong else ("✓", f"{whole} time units each, whole and finite")
+    if wrong:
+        return "✗", "; ".join(wrong)
+    count, length = data.sizes.get("record", 1), duration(data) / data.sizes.get("record", 1)
+    whole = f"{count} record{'s' * (count != 1)} of {time_text(length, time_step(data))}"
+    return "✓", f"{whole} in time units, whole and finite"
 
 
 def drift_answer(data: xr.Dataset, truth: xr.Dataset | None = None) -> Answer:
@@ -248,7 +251,7 @@ def drift_answer(data: xr.Dataset, truth: xr.Dataset | None = None) -> Answer:
     known = found and all(one.verdict == "stationary" for one in found.values())
     return ("✓", told) if known else ("?", told or "too short to tell")
 
-
+# %% ../../nbs/climate/12_verdict.ipynb #a310e713
 def distance_answer(data: xr.Dataset, truth: xr.Dataset) -> Answer:
     "Is it farther from the truth than chance explains?"
     chance, beyond = chance_points(truth, data), []
@@ -259,10 +262,11 @@ def distance_answer(data: xr.Dataset, truth: xr.Dataset) -> Answer:
         return "✓", "in nothing farther from the truth than chance explains"
     return "✗", f"farther from the truth than chance explains in {', '.join(beyond)}"
 
-# %% ../../nbs/climate/12_verdict.ipynb #a310e713
+# %% ../../nbs/climate/12_verdict.ipynb #7089a93d
 def _levels(data: xr.Dataset, extreme: str) -> tuple[np.ndarray, ...]:
     "Return levels of the Pareto fit at PERIODS: value, low, high."
-    return tuple(data[f"gpd_level{end}"].sel(extreme=extreme).values for end in ("", "_low", "_high"))
+    fit = lambda end: data[f"gpd_level{end}"].sel(extreme=extreme).values
+    return fit(""), fit("_low"), fit("_high")
 
 
 def _comparable(data: xr.Dataset, truth: xr.Dataset, extreme: str) -> int | None:
@@ -274,7 +278,7 @@ def _comparable(data: xr.Dataset, truth: xr.Dataset, extreme: str) -> int | None
     known &= PERIODS <= min(duration(climate) for climate in (data, truth)) / 10
     return int(np.flatnonzero(known)[-1]) if known.any() else None
 
-
+# %% ../../nbs/climate/12_verdict.ipynb #7be9df88
 def extreme_words(data: xr.Dataset, truth: xr.Dataset) -> list[str]:
     "The return levels whose intervals do not reach each other's, after those of the truth."
     told = []
