@@ -38,7 +38,9 @@ from .model import Emulator, card, load_emulator
 from .prune import prune
 from .physics.metrics import horizon
 from .physics.statistics import block_length, block_replicates, difference_interval, percentile_interval
-from .short_analysis import UNITS, curve, forecasts_in, horizons, read_short, short_analysis, wave_marks
+from .forecast.reading import curve, forecasts_in, horizons, read_short
+from .forecast.scores import UNITS, wave_marks
+from .short_analysis import short_analysis
 from .train import horizon_words, train
 
 # %% ../nbs/07_compare.ipynb #e328d20f
