@@ -15,7 +15,9 @@ from fields import packed_run
 from turbvit_nb.datasets import DatasetConfig, open_dataset
 from turbvit_nb.model import ModelConfig, Normaliser, create_emulator
 from turbvit_nb.physics.spectral import grid
-from turbvit_nb.short_analysis import HISTORY, Fits, Starts, baseline_states, fit_baselines, score_emulator, score_forecast, start_samples, truth_scores
+from turbvit_nb.forecast.baselines import Fits, baseline_states, fit_baselines, truth_scores
+from turbvit_nb.forecast.ceiling import twin_states
+from turbvit_nb.forecast.starts import HISTORY, Starts, score_emulator, score_forecast, start_samples
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--size", type=int, default=64, help="points per side")
@@ -46,8 +48,11 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"{args.size}², {args.starts} starts, {args.leads} leads, {args.frames} training frames, one thread")
     damped, linear = timed("fits", lambda: fit_baselines(training, args.leads))
     starts = Starts(test, start_samples(len(test), args.starts), damped.mean, torch.device("cpu"))
-    spectrum = torch.full((int(grid(args.size).shells.max()) + 1,), 1e-4) if args.ceiling else None
-    for name, states in baseline_states(starts, Fits(damped.mean, damped, linear), spectrum).items():
+    spectrum = torch.full((int(grid(args.size).shells.max()) + 1,), 1e-4)
+    made = baseline_states(starts, Fits(damped.mean, damped, linear))
+    if args.ceiling:
+        made["ceiling"] = lambda group: twin_states(starts, group, spectrum)
+    for name, states in made.items():
         timed(name, lambda: score_forecast(starts, name, states))
     timed("truth", lambda: truth_scores(starts))
     section = ModelConfig(model_type="UNet", img_size=args.size, base_channels=16, depth=2)

@@ -30,7 +30,8 @@ from turbvit_nb.model import load_emulator, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, find_runs, open_store
 from turbvit_nb.physics.spectral import Grid
 from turbvit_nb.prune import prune
-from turbvit_nb.short_analysis import horizons, short_analysis
+from turbvit_nb.forecast.reading import horizons
+from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.train import train
 
 N = 16

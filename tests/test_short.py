@@ -19,14 +19,23 @@ from torch import nn
 
 from turbvit_nb import short_analysis as chapter
 from turbvit_nb.datasets import DatasetConfig, GenerateConfig, generate, open_dataset
+from turbvit_nb.forecast import baselines, ceiling, reading
+from turbvit_nb.forecast import starts as begin
+from turbvit_nb.forecast.ceiling import score_ensemble
+from turbvit_nb.forecast.figures import verdict
+from turbvit_nb.forecast.reading import curve, curve_interval, horizons, read_short
+from turbvit_nb.forecast.scores import FORECASTS
+from turbvit_nb.forecast.starts import Starts, open_scored, start_samples
+from turbvit_nb.lab.checkpoints import identity_from
 from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.results import read_netcdf
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.model import Emulator, Normaliser, load_emulator
 from turbvit_nb.physics import predictability
 from turbvit_nb.physics.predictability import LinearForecast, fit_autoregression, twin_forecast
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, find_runs, open_store
 from turbvit_nb.physics.spectral import Grid
-from turbvit_nb.short_analysis import FORECASTS, Starts, curve, curve_interval, horizons, open_scored, read_short, score_ensemble, short_analysis, start_samples, verdict
+from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.train import train
 
 N, LEADS, STARTS = 16, 12, 6
@@ -136,6 +145,19 @@ def test_the_file_holds_every_forecast_and_says_what_it_is(truth):
     assert (scores.valid == LEADS).all() and scores.attrs["ceiling_from"] == "best" and "[analysis]" in scores.attrs["config"]
     assert scores.attrs["lyapunov_low"] < scores.attrs["lyapunov_exponent"] < scores.attrs["lyapunov_high"]
     assert set(json.loads(scores.attrs["made_from"])["test_dataset"]) >= {"data_dir", "frame_range"}
+    assert identity_from(scores.attrs).label == "dense" and scores.attrs["checkpoint_role"] == "dense"
+
+
+def test_intervals_can_be_computed_again_from_the_files(folder):
+    "Every score of every forecast is kept for every start, in the baselines' file as well."
+    scores, kept = read_short(folder)["best"], read_netcdf(folder / "baselines" / "scores.nc")
+    for data in (scores, kept):
+        assert all(data[name].sizes["start"] == STARTS for name in ("rmse", "acc", "vrmse", "band_rmse"))
+    for forecast in FORECASTS[1:]:
+        np.testing.assert_array_equal(kept.acc.sel(forecast=forecast).values, scores.acc.sel(forecast=forecast).values)
+    low, high = curve_interval(scores.assign_attrs(level=0.5), "acc")
+    wide = curve_interval(scores, "acc")
+    assert (wide[0] <= low).all() and (high <= wide[1]).all() and (low < high).any()
 
 
 def test_persistence_climatology_and_damping_agree_with_numpy(truth):
@@ -244,14 +266,14 @@ def linear_flow(tmp_path_factory):
     flow = Waves(rng)
     *made, unseen = flow.write(root, [1300, 1300, 1300, 6000], rng)
     section = lambda which, frames: DatasetConfig(data_dir=str(root), trajectories=which, frame_range=[[1, frames + 1]], mode="read")
-    training, test = open_dataset(section([1, 2, 3], 1300)), open_dataset(section([4], 6000), num_frames=chapter.HISTORY)
+    training, test = open_dataset(section([1, 2, 3], 1300)), open_dataset(section([4], 6000), num_frames=begin.HISTORY)
     test.targets = leads
-    damped, linear = chapter.fit_baselines(training, leads)
+    damped, linear = baselines.fit_baselines(training, leads)
     starts = Starts(test, start_samples(len(test), 800), damped.mean, torch.device("cpu"))
     known = unseen[test.frame[starts.samples] - 1, : flow.R]
     best = lambda group: (flow.velocity(known[group["rows"]] @ np.linalg.matrix_power(flow.A, k)) for k in range(1, leads + 1))
-    states = chapter.baseline_states(starts, chapter.Fits(damped.mean, damped, linear), None) | {"best": best}
-    return flow, made, linear, xr.concat([chapter.score_forecast(starts, name, states[name]) for name in states], "forecast")
+    states = baselines.baseline_states(starts, baselines.Fits(damped.mean, damped, linear)) | {"best": best}
+    return flow, made, linear, xr.concat([begin.score_forecast(starts, name, states[name]) for name in states], "forecast")
 
 
 def test_the_regression_finds_the_operator_of_a_linear_flow_within_its_sampling_error(linear_flow):
@@ -306,7 +328,7 @@ def test_no_fit_knows_the_frames_that_are_scored(folder, data, home, monkeypatch
             frames = next(item for item in file.values() if item.ndim == 3)
             frames[:] = np.random.default_rng(trajectory).normal(size=frames.shape)
         (folder / "baselines" / "fits.npz").unlink()
-        chapter.baseline_fits(open_run(folder, "short_analysis"))
+        baselines.baseline_fits(open_run(folder, "short_analysis"))
         return dict(np.load(folder / "baselines" / "fits.npz"))
 
     same, other = fitted_with_noise_in(3), fitted_with_noise_in(1)
@@ -332,8 +354,8 @@ def test_other_forecasts_are_scored_once_and_only_what_changed_is_made_again(fol
     before = {path: path.stat().st_mtime_ns for path in files}
     forbidden = lambda *args, **kwargs: pytest.fail("a baseline was made again")
     with monkeypatch.context() as patch:
-        for name in ("baseline_states", "fit_baselines", "lyapunov_exponent"):
-            patch.setattr(chapter, name, forbidden)
+        for place, name in ((chapter, "baseline_states"), (baselines, "fit_baselines"), (ceiling, "lyapunov_exponent")):
+            patch.setattr(place, name, forbidden)
         results = go(folder)
     assert list(results) == ["best", "prune1_remaining_100.0"]
     assert {path: path.stat().st_mtime_ns for path in files} == before
@@ -341,9 +363,10 @@ def test_other_forecasts_are_scored_once_and_only_what_changed_is_made_again(fol
 
 
 def test_switches_switch(folder):
+    assert "The solver, from the one-step error of dense," in verdict("best", read_short(folder)["best"])
     plain = go(folder, short_analysis, "analysis.linear=false", "analysis.ceiling=false")["best"]
     assert tuple(plain.forecast.values) == ("emulator", "persistence", "damped", "climatology")
-    assert math.isnan(plain.attrs["lyapunov_exponent"]) and "ceiling" not in verdict("best", plain).lower()
+    assert math.isnan(plain.attrs["lyapunov_exponent"]) and "solver" not in verdict("best", plain)
     assert go(folder, short_analysis, "analysis.max_leadtime=5")["best"].sizes["lead"] == 5
     assert go(folder, short_analysis, "analysis.n_ensembles=3")["best"].sizes["start"] == 3
 
@@ -351,7 +374,8 @@ def test_switches_switch(folder):
 def test_small_groups_give_the_same_numbers(folder, monkeypatch):
     whole = read_short(folder)["best"]
     shutil.rmtree(folder / "short_analyses"), shutil.rmtree(folder / "baselines")
-    monkeypatch.setattr(chapter, "GROUP", 2 * N**2 * 4 * 16 * 2)  # two starts at a time
+    for place in (begin, baselines):
+        monkeypatch.setattr(place, "GROUP", 2 * N**2 * 4 * 16 * 2)  # two starts at a time
     parts = go(folder)["best"]
     for name in ("rmse", "acc", "band_rmse", "error_spectrum"):
         for forecast in [f for f in FORECASTS if f != "linear"]:  # whose modes come from fewer snapshots
@@ -364,7 +388,7 @@ def test_memory_does_not_grow_with_the_leads():
     script = """
 import resource, torch
 from itertools import repeat
-from turbvit_nb.short_analysis import score_states
+from turbvit_nb.forecast.scores import score_states
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(1)
 truth, climate = torch.rand(64, 2, 40, 64, 64), torch.rand(2, 64, 64)
@@ -382,6 +406,7 @@ def test_several_runs_in_one_go(folder, home):
     path = write(home, "study", 'checkpoint_dir = "."\n')
     results = go(path)
     assert list(results) == ["other-best", "vit-best"]
+    assert [identity_from(scores.attrs).label for scores in results.values()] == ["other dense", "vit dense"]
     np.testing.assert_array_equal(results["other-best"].rmse, results["vit-best"].rmse)
     alone = go(write(home, "second", f'checkpoint_dir = "{folder}"\n'))
     assert list(alone) == ["best"]
@@ -392,13 +417,13 @@ def test_an_ensemble_scores_as_scoringrules_says(folder):
     scores = go(folder, short_analysis, "analysis.members=5", "analysis.perturbation=0.5")["best"]
     assert scores.rank_count.dims == ("lead", "field", "rank") and (scores.rank_count.sum("rank") == STARTS * N * N).all()
     run = open_run(folder, "short_analysis", ["analysis.members=5"])
-    dataset = open_scored(run)
+    dataset = open_scored(run.config)
     starts = Starts(dataset, start_samples(len(dataset), STARTS), torch.zeros(2, N, N), run.device)
     emulator = load_emulator(folder / "checkpoints" / "best.tar")
     group = next(starts.groups())
-    spectrum = 0.25 * chapter.one_step_error(emulator, starts)
+    spectrum = 0.25 * begin.one_step_error(emulator, starts)
     lead = 4
-    states = list(chapter.ensemble_states(emulator, group, lead, 5, spectrum))[-1].double().numpy()
+    states = list(ceiling.ensemble_states(emulator, group, lead, 5, spectrum))[-1].double().numpy()
     there = group["truth"][:, :, lead - 1].double().numpy()
     crps = scoringrules.crps_ensemble(there, states, m_axis=1, estimator="fair").mean((-2, -1))
     np.testing.assert_allclose(scores.crps.sel(lead=lead).values[:, :2], crps, rtol=1e-3)
@@ -411,21 +436,21 @@ def test_an_ensemble_scores_as_scoringrules_says(folder):
 def test_starts_of_several_flows_are_advanced_each_by_its_own(home, data):
     generate(GenerateConfig(data_dir=str(home / "viscous"), Re=40, fky=4, beta=5.0, NX=N, n_frames=20, t_save=0.1, spin_up=5.0))
     cfg = DatasetConfig(data_dirs=[str(data / "flow"), str(home / "viscous")], frame_range=[[1, 21]], mode="read")
-    dataset = open_dataset(cfg, num_frames=chapter.HISTORY)
+    dataset = open_dataset(cfg, num_frames=begin.HISTORY)
     dataset.targets = 5
     starts = Starts(dataset, start_samples(len(dataset), 8), torch.zeros(2, N, N), torch.device("cpu"))
     assert len(set(starts.flows)) == 2
     group = next(starts.groups())
     unperturbed = torch.zeros(int(Grid.of(group["x"]).shells.max()) + 1)
-    for lead, state in enumerate(chapter.twin_states(starts, group, unperturbed)):
+    for lead, state in enumerate(ceiling.twin_states(starts, group, unperturbed)):
         torch.testing.assert_close(state.float(), group["truth"][:, :, lead], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("fields", [("omega",), ("v", "omega", "u")])
 def test_an_emulator_of_other_fields_is_scored_by_its_velocity(starts, fields):
     emulator = Emulator(Noisy(0.0), Normaliser([0.0] * len(fields), [1.0] * len(fields)), fields=fields, step=0.1)
-    mine = chapter.score_emulator(emulator, starts)
-    still = chapter.score_forecast(starts, "persistence", lambda group: [group["x"][:, :, 0]] * LEADS)
+    mine = begin.score_emulator(emulator, starts)
+    still = begin.score_forecast(starts, "persistence", lambda group: [group["x"][:, :, 0]] * LEADS)
     np.testing.assert_allclose(mine.rmse[0], still.rmse[0], atol=1e-4)
 
 
@@ -449,8 +474,8 @@ def noisy_emulator(size: float, blow_up: float = 0.0) -> Emulator:
 @pytest.fixture
 def starts(folder) -> Starts:
     run = open_run(folder, "short_analysis")
-    dataset = open_scored(run)
-    return Starts(dataset, start_samples(len(dataset), STARTS), chapter.baseline_fits(run).climate, run.device)
+    dataset = open_scored(run.config)
+    return Starts(dataset, start_samples(len(dataset), STARTS), baselines.baseline_fits(run).climate, run.device)
 
 
 def test_a_generative_emulator_makes_its_own_members(starts):
@@ -464,7 +489,7 @@ def test_a_generative_emulator_makes_its_own_members(starts):
 
 def test_what_came_before_a_nan_is_kept_and_marked(starts):
     torch.manual_seed(0)
-    scores = chapter.score_emulator(noisy_emulator(1.0, blow_up=6.0), starts)
+    scores = begin.score_emulator(noisy_emulator(1.0, blow_up=6.0), starts)
     finite = np.isfinite(scores.rmse.values[0]).all(-1)
     assert finite[:, 0].all() and not finite[:, -1].all()
     assert (np.diff(finite.astype(int)) <= 0).all()
@@ -491,8 +516,8 @@ def test_mistakes_cost_one_line(folder, home):
     fails("no checkpoint bets in .*; it holds best", 'analysis.checkpoints=["bets"]')
     fails("holds 2 frames in a row; the forecasts to compare with need 4", "train_dataset.frame_range=[[1, 3]]")
     generate(GenerateConfig(data_dir=str(home / "fine"), Re=100, fky=4, beta=20.0, NX=32, n_frames=90, t_save=0.1, spin_up=0.5))
-    fails(r"best is of a grid of 16², the frames of \[test_dataset\] of 32²", f'test_dataset.data_dir="{home / "fine"}"', "test_dataset.trajectories=[1]")
-    fails(r"makes steps of 0.2 time units, best takes 0.1", "test_dataset.target_step=2")
+    fails(r"best is for 16² fields, the data of \[test_dataset\] are 32²", f'test_dataset.data_dir="{home / "fine"}"', "test_dataset.trajectories=[1]")
+    fails(r"best makes steps of 0.1 time units, target_step of \[test_dataset\] makes them 0.2", "test_dataset.target_step=2")
 
 
 def test_a_short_training_range_says_where_damping_ends(folder, capsys, monkeypatch):
@@ -523,7 +548,7 @@ def test_intervals_hold_the_truth_though_starts_are_dependent(memory, monkeypatc
         middle, left, right = horizons(scores)
         horizon_held += left <= 8 <= right  # 1 − 0.05 · 8 = 0.6 is the first below 0.62
         with monkeypatch.context() as patch:
-            patch.setattr(chapter, "start_block", lambda *args: 1)
+            patch.setattr(reading, "start_block", lambda *args: 1)
             low, high = curve_interval(scores, "acc")
             naive += low[4] <= 0.75 <= high[4]
     assert held >= 0.88 * trials and horizon_held >= 0.88 * trials

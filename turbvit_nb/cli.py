@@ -595,7 +595,7 @@ def demo_rows(
     folders: dict[str, Path],  # "vit", "control", "unet": run folder
 ) -> list[tuple[str, dict]]:  # name of the forecast and its figures
     "The figures of the short analyses: dense, pruned, control, UNet, persistence."
-    from turbvit_nb.short_analysis import read_short, summary_row
+    from turbvit_nb.forecast.reading import read_short, summary_row
 
     vit, control, unet = (read_short(folders[name]) for name in ("vit", "control", "unet"))
     rows = [(title_of(name), summary_row(scores)) for name, scores in vit.items()]

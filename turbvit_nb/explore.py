@@ -32,7 +32,10 @@ from .lab.plots import DIVERGING, looks, shared_limit, show
 from .lab.progress import note
 from .lab.runs import Run, atomic, open_run
 from .physics.spectral import Grid
-from .short_analysis import LABELS, UNITS, curve, curve_interval, horizons, read_short, short_analysis, strip_figure, wave_marks
+from .forecast.figures import strip_figure
+from .forecast.reading import curve, curve_interval, horizons, read_short
+from .forecast.scores import LABELS, UNITS, wave_marks
+from .short_analysis import short_analysis
 from .train import train
 
 # %% ../nbs/08_explore.ipynb #ec0f36ba
