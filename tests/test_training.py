@@ -180,7 +180,7 @@ def test_a_step_between_two_batches_is_resumed_with_the_same_number_only(home):
 
     with pytest.raises(Stopped, match="stopped by SIGTERM at epoch 1.33 of 4"):
         small(home, "stopped", accumulate=3, callbacks=[Stop()])
-    with pytest.raises(LabError, match="resume with accumulate = 3"):
+    with pytest.raises(LabError, match="made with accumulate = 3, within a step"):
         small(home, "stopped", accumulate=2)
     for a, b in zip(small(home, "stopped", accumulate=3).parameters(), small(home, "whole", accumulate=3).parameters()):
         assert torch.equal(a, b)

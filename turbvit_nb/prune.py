@@ -315,7 +315,8 @@ def prune(
         note("pruning.num_iterations is for pruning heads, which is not there yet: it is ignored")
     pruning = _start(run, dense)
     gone = 1 - pruning.masks.remaining() / pruning.masks.total
-    steps, stages = schedule(wanted.prune_schedule, wanted.epoch_schedule, gone), open_stages(run, dense)
+    steps = schedule(wanted.prune_schedule, wanted.epoch_schedule, gone)
+    stages = open_stages(run, dense)
     if stages.checkpoint(steps[0]) is None:
         first = {"stage": 0, "name": dense.stem, "percent": pruning.percent, "epochs": 0}
         measured = {"finetuned": stages.validation.skill(pruning.emulator)}

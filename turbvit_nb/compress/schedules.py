@@ -71,7 +71,7 @@ def lowest(
 class Unit:
     "What is kept or removed as one piece."
 
-    pool: Callable[[Tensor], Tensor]  # scores of one parameter, of its shape -> scores of its units (n,)
+    pool: Callable[[Tensor], Tensor]  # scores of a parameter, of its shape -> of its units (n,)
     spread: Callable[[Tensor, Size], Tensor]  # bool (n,), a parameter's shape -> bool of that shape
 
 

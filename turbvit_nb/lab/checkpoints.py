@@ -153,8 +153,8 @@ def check_owner(
         owner = _owner(path)
         if not (begun if owner is None else owner["id"] == mine):
             same = owner and owner["name"] == run.path.name
-            whose = f"an earlier run {owner['name']}" if same else f"run {owner['name']}" if owner else "another run"
-            holds = f"{run.checkpoints} holds the checkpoints of {whose} ({path.name})"
+            named = f"{'an earlier ' if same else ''}run {owner['name']}" if owner else "another run"
+            holds = f"{run.checkpoints} holds the checkpoints of {named} ({path.name})"
             raise LabError(f"{holds}; give this run another checkpoint_dir")
 
 
@@ -163,7 +163,7 @@ def save(
     identity: Identity,  # its name is that of the file
     state: dict[str, Any],  # tensors and plain values
 ) -> Path:  # the file
-    "Write a checkpoint that says what it is and whose. Raises `LabError` before it replaces another run's."
+    "Write a checkpoint that says what it is and whose. Raises `LabError` sooner than replace another's."
     check_owner(run, identity.name)
     return run.save(identity.name, state | {"identity": as_state(identity), "run": mark(run)})
 

@@ -37,12 +37,12 @@ class EpochBatches(Protocol):
         "The batches of one epoch without the first `skip`."
 
 # %% ../../nbs/lab/04_learner.ipynb #90544a64
-EVENTS = """before_fit before_epoch before_batch after_loss after_backward before_step after_step after_batch
-before_validate after_validate after_epoch after_fit cleanup""".split()
+EVENTS = """before_fit before_epoch before_batch after_loss after_backward before_step after_step
+after_batch before_validate after_validate after_epoch after_fit cleanup""".split()
 
 
 class Callback:
-    "Something that happens around training steps. Subclass it; the methods are the `EVENTS`, each given the learner."
+    "Something that happens around steps. Its methods are the `EVENTS`, each given the learner."
 
     order = 0  # callbacks with a lower number act first
     remembers: tuple[str, ...] = ()  # attributes that a resume needs
@@ -142,7 +142,7 @@ def _forward(self: Learner) -> AbstractContextManager:
 
 @patch
 def _shared(self: Learner) -> tuple[int, bool]:
-    "How many batches make the step that the batch at hand is part of, and whether it is the last of them."
+    "How many batches share the optimizer's step at hand; whether this is the last of them."
     place = self.batch_index % self.accumulate
     size = min(self.accumulate, len(self.batches) - self.batch_index + place)
     return size, place + 1 == size
@@ -266,7 +266,8 @@ def _pending(self: Learner) -> dict:
 def load_state(self: Learner, state: dict) -> None:
     "Go on from a `state`. Raises `LabError` when it does not fit."
     if state.get("accumulate", self.accumulate) != self.accumulate:
-        raise LabError(f"stopped between batches of one step: resume with accumulate = {state['accumulate']}")
+        made = f"made with accumulate = {state['accumulate']}, within a step of the optimizer"
+        raise LabError(f"the checkpoint was {made}; resume with that number")
     try:
         self.weights.load_state_dict(state["model_state"])
     except RuntimeError as error:
@@ -343,7 +344,7 @@ def after_epoch(self: Plateau, learner: Learner) -> None:
 
 # %% ../../nbs/lab/04_learner.ipynb #299d934d
 class Cosine(Callback):
-    "Lower the learning rate along half a cosine, to `final` of it at the end (Loshchilov and Hutter, 2017)."
+    "Lower the learning rate along half a cosine, to `final` of it at the end."
 
     def __init__(
         self,
@@ -356,7 +357,8 @@ class Cosine(Callback):
         "Set the factor for this step."
         past, length = learner.step_start - self.wait, learner.epochs - self.wait
         done = min(max(past, 0) / max(length, 1e-9), 1.0)
-        learner.lr_factors["cosine"] = self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+        half = 0.5 * (1 + math.cos(math.pi * done))
+        learner.lr_factors["cosine"] = self.final + (1 - self.final) * half
 
 # %% ../../nbs/lab/04_learner.ipynb #86ae62e8
 class EarlyStop(Callback):
@@ -436,7 +438,7 @@ def after_validate(self: EMA, learner: Learner) -> None:
 
 # %% ../../nbs/lab/04_learner.ipynb #1a2d3bbf
 class Validate(Callback):
-    "After every `every` epochs and the last, put the results of `function(learner)` into `learner.metrics`."
+    "After every `every` epochs and the last, put `function(learner)` into `learner.metrics`."
 
     order = 10
 
@@ -459,7 +461,7 @@ class Validate(Callback):
 
 # %% ../../nbs/lab/04_learner.ipynb #e416d142
 class Log(Callback):
-    "Log a line every `every` steps and one per epoch, through functions such as `run.log` and `run.rewind`."
+    "Log a line every `every` steps and one per epoch, through such as `run.log` and `run.rewind`."
 
     order = 40
 
@@ -593,7 +595,7 @@ class StopOnSignal(Callback):
 
 # %% ../../nbs/lab/04_learner.ipynb #4621c99f
 class WallClock(Callback):
-    "Stop after `hours` of this process, early enough that another batch as long as the longest would still fit."
+    "Stop after `hours` of this process, while another batch as long as the longest still fits."
 
     def __init__(
         self,
