@@ -33,12 +33,12 @@ class InferenceConfig(Section):
     "The section `[inference]`."
 
     inference_length: int = Field(100, gt=0)  # steps of the emulator
-    chunk_size: int = Field(500, gt=0)  # states per file; a rollout holds one chunk of every start in memory
-    checkpoints: list[str] | None = None  # e.g. ["best", "prune3_remaining_50.0"]; default: best and every other result
+    chunk_size: int = Field(500, gt=0)  # states per file; one chunk of every start is held in memory
+    checkpoints: list[str] | None = None  # e.g. ["best", "prune3_remaining_50.0"]; default: all results
     n_starts: int = Field(4, gt=0)  # initial states, spread evenly over the data
     start_frames: list[int] | None = None  # frame numbers to start from, in place of n_starts
     save_every: int = Field(1, gt=0)  # keep every n-th state
-    max_growth: float = Field(5.0, gt=1)  # a state has blown up when it leaves the climate by this factor
+    max_growth: float = Field(5.0, gt=1)  # blown up is what leaves the climate by this factor
     members: int = Field(1, gt=0)  # rollouts of a stochastic emulator from each start
     seed: int | None = Field(None, ge=0)  # of their noise; that of the run unless given
 
@@ -47,41 +47,48 @@ def start_data(
     run: Run,
     emulator: Kind,
 ) -> FrameDataset:
-    "The data that rollouts start from, and are compared with. Raises `LabError` when the config names none."
+    "The data that rollouts start from and are compared with. Raises `LabError` when there are none."
     name = scored_section(run.config)
     ensure_data(run.config)
-    few = run.config.section(name).model_copy(update={"mode": "read"})  # a rollout needs its first frames only
+    few = run.config.section(name).model_copy(update={"mode": "read"})  # only first frames are needed
     return open_dataset(few, emulator.fields, emulator.num_frames, name)
 
-
+# %% ../nbs/04_inference.ipynb #a9a30fbe
 def choose_starts(
     dataset: FrameDataset,
     settings: InferenceConfig,
 ) -> list[int]:  # samples of the data set, whose newest frames are the starts
-    "At `start_frames` of every run in the data, or spread so that the truth goes on for as long as half of a range allows."
+    "At `start_frames` of every run in the data, or spread so that the truth goes on for half a range."
     if settings.start_frames is not None:
         for frame in settings.start_frames:
             if frame not in dataset.frame:
                 there = f"the data has {dataset.frame.min()} to {dataset.frame.max()}"
-                raise LabError(f"inference.start_frames: no sample starts at frame {frame}; {there}")
+                raise LabError(
+                    f"inference.start_frames: no sample starts at frame {frame}; {there}"
+                )
         return np.flatnonzero(np.isin(dataset.frame, settings.start_frames)).tolist()
     ranges, stride = dataset.cfg.frame_range, dataset.cfg.target_step
     longest = max(end - start for start, end in ranges) // stride
     reach = min(settings.inference_length, longest // 2) * stride
-    last = np.array([max(end for start, end in ranges if start <= frame < end) for frame in dataset.frame])
+    last = np.array(
+        [max(end for start, end in ranges if start <= frame < end) for frame in dataset.frame]
+    )
     good = np.flatnonzero(dataset.frame + reach < last)
-    return np.unique(good[np.linspace(0, len(good) - 1, settings.n_starts).round().astype(int)]).tolist()
+    return np.unique(
+        good[np.linspace(0, len(good) - 1, settings.n_starts).round().astype(int)]
+    ).tolist()
 
 # %% ../nbs/04_inference.ipynb #cbc02425
 def choose_checkpoints(
     run: Run,
     settings: InferenceConfig,
 ) -> dict[str, Path]:  # name in the run folder: file
-    "The checkpoints to roll out: those named, else all results of the run, else the one the config starts from."
+    "Those named, else all results of the run, else the one the config starts from."
     for name in settings.checkpoints or []:
         if not run.has(name):
             there = ", ".join(sorted(p.stem for p in run.checkpoints.glob("*.tar"))) or "none"
-            raise LabError(f"inference.checkpoints: no checkpoint {name} in {run.checkpoints}; there are: {there}")
+            told = f"inference.checkpoints: no checkpoint {name} in {run.checkpoints}"
+            raise LabError(f"{told}; there are: {there}")
     if named := settings.checkpoints or results_in(run.checkpoints):
         return {name: run.checkpoints / f"{name}.tar" for name in named}
     path = run.start_checkpoint()
@@ -89,9 +96,12 @@ def choose_checkpoints(
 
 # %% ../nbs/04_inference.ipynb #37f4dde6
 def _identity(headers: Mapping[str, dict]) -> str:
-    "What must be the same for a rollout to go on. What a checkpoint says of itself is left out: its hash is there."
+    "What must be the same for a rollout to go on; of the checkpoint its hash, not what it says."
     plain = lambda source: {key: value for key, value in source.items() if key != "identity"}
-    same = {name: header | {"source": plain(header.get("source", {}))} for name, header in headers.items()}
+    same = {
+        name: header | {"source": plain(header.get("source", {}))}
+        for name, header in headers.items()
+    }
     return json.dumps(same, sort_keys=True)
 
 
@@ -138,15 +148,17 @@ def _kept_state(kept: Mapping[str, np.ndarray], device: torch.device) -> State:
     found = {"x": kept["x"]} if "x" in kept else found
     return {name: torch.from_numpy(value).to(device) for name, value in found.items()}
 
-
+# %% ../nbs/04_inference.ipynb #4b21b7cd
 @patch
 def restore(self: RolloutJob) -> None:
-    "Go back to the last whole chunk, if there is one of the same rollouts; otherwise clear what is there."
+    "Go back to the last whole chunk of the same rollouts; if there is none, clear what is there."
     file = self.folder / "restart.npz"
     if file.exists():
         with np.load(file) as kept:
             if str(kept["identity"]) == self.identity:
-                self.step, self.ended, self.state = int(kept["step"]), kept["ended"], _kept_state(kept, self.x.device)
+                self.step, self.ended, self.state = int(kept["step"]), kept["ended"], _kept_state(
+                    kept, self.x.device,
+                )
                 if "generator" in kept:
                     self.generator.set_state(torch.from_numpy(kept["generator"]))
                 return
@@ -176,7 +188,7 @@ def keep(
         for i in np.flatnonzero(self.ended == 0):
             self.writers[i].append(self.step, good[i])
 
-
+# %% ../nbs/04_inference.ipynb #7210ea51
 @patch
 def go(self: RolloutJob, settings: InferenceConfig) -> None:
     "Roll out to the end, from the start or from where an earlier process stopped."
@@ -184,7 +196,9 @@ def go(self: RolloutJob, settings: InferenceConfig) -> None:
     if self.state is None:
         with evaluating(self.emulator):
             self.state = self.emulator.begin(self.x, self.cond, self.generator)
-    whole, length = math.lcm(settings.save_every, self.emulator.out_frames), settings.inference_length
+    whole, length = math.lcm(
+        settings.save_every, self.emulator.out_frames,
+    ), settings.inference_length
     chunk = math.ceil(settings.chunk_size * settings.save_every / whole) * whole
     steps = states(self.emulator, self.state, self.cond, self.generator)
     with Meter(length, f"roll out {self.folder.name}", "step", done=self.step) as meter:
@@ -209,18 +223,30 @@ def _header(
     store, frame = dataset.stores[dataset.tree[sample]], int(dataset.frame[sample])
     name = str(frame) if len(dataset.stores) == 1 else f"{dataset.tree[sample] + 1}_{frame}"
     time = float(store.times[store.rows([frame])[0]])
-    start = {"data": str(store.path), "frame": frame, "time": time, "target_step": dataset.cfg.target_step}
-    source = {"checkpoint": checkpoint.stem, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()}
+    start = {
+        "data": str(store.path),
+        "frame": frame,
+        "time": time,
+        "target_step": dataset.cfg.target_step,
+    }
+    source = {
+        "checkpoint": checkpoint.stem, "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+    }
     source |= {"identity": as_state(identify(checkpoint))}
     layout = {"fields": ["u", "v"], "axes": ["step", "field", "x", "y"], "dtype": "float32"}
-    about = {"step": dataset.step, "save_every": settings.save_every, "regime": str(store.regime.path())}
+    about = {
+        "step": dataset.step, "save_every": settings.save_every, "regime": str(store.regime.path()),
+    }
     return name, layout | about | {"start": start, "source": source}
 
-
+# %% ../nbs/04_inference.ipynb #4f72269c
 def _with_members(headers: Mapping[str, dict], members: int, seed: int) -> dict[str, dict]:
     "Every header once for each member; the folders of further members lie beside the first."
     folder = lambda name, m: f"{name}_member{m}" if m else name
-    numbered = ((folder(name, m), header | {"member": m, "seed": seed}) for name, header in headers.items() for m in range(members))
+    numbered = (
+        (folder(name, m), header | {"member": m, "seed": seed})
+        for name, header in headers.items() for m in range(members)
+    )
     return dict(numbered)
 
 # %% ../nbs/04_inference.ipynb #5df62b80
@@ -235,7 +261,9 @@ def infer(
         dataset = start_data(run, emulator)
         check_fit(emulator, dataset, str(checkpoint))
         starts = choose_starts(dataset, settings)
-        headers, members = dict(_header(dataset, sample, settings, checkpoint) for sample in starts), 1
+        headers, members = dict(
+            _header(dataset, sample, settings, checkpoint) for sample in starts
+        ), 1
         if emulator.stochastic:
             headers, members = _with_members(headers, settings.members, seed), settings.members
         elif settings.members > 1:
@@ -243,7 +271,9 @@ def infer(
         batch = dataset.__getitems__(starts)
         x, cond = (batch[key].to(run.device).repeat_interleave(members, 0) for key in ("x", "cond"))
         limits, generator = limits_of(dataset, settings.max_growth), Generator().manual_seed(seed)
-        RolloutJob(run.path / "inference" / name, emulator, x, headers, limits, cond, generator).go(settings)
+        RolloutJob(run.path / "inference" / name, emulator, x, headers, limits, cond, generator).go(
+            settings
+        )
     return open_rollouts(run.path)
 
 # %% ../nbs/04_inference.ipynb #37802b06
@@ -251,7 +281,7 @@ def short_name(checkpoint: str) -> str:
     "A checkpoint's name for a legend, from its name alone."
     return parse_name(checkpoint).label
 
-
+# %% ../nbs/04_inference.ipynb #068b69ca
 def run_panels(
     chosen: Mapping[str, Rollout],  # title: the rollout of a checkpoint, all from one start
     steps: np.ndarray,  # to be shown
@@ -261,15 +291,20 @@ def run_panels(
     longest = max(chosen.values(), key=len)
     known = np.isin(steps, longest.followed).all()
     panels = {"truth": longest.truth(steps)} if known else {}
-    rolled = {title: one.vorticity(np.minimum(steps, one.steps[-1])) for title, one in chosen.items()}
+    rolled = {
+        title: one.vorticity(np.minimum(steps, one.steps[-1])) for title, one in chosen.items()
+    }
     if error and not known:
-        raise LabError(f"{longest.path}: the data end before the rollout's steps do, so there is no error to show")
-    errors = {f"{title} − truth": omega - panels["truth"] for title, omega in rolled.items()} if error else {}
+        told = "the data end before the rollout's steps do, so there is no error to show"
+        raise LabError(f"{longest.path}: {told}")
+    errors = {
+        f"{title} − truth": omega - panels["truth"] for title, omega in rolled.items()
+    } if error else {}
     return panels | rolled | errors
 
 
 def shown_steps(rollout: Rollout, pictures: int, stride: int | None) -> np.ndarray:
-    "The steps to show: `stride` apart from the first on, or spread over all whose truth is known, over all where none is."
+    "The steps to show: `stride` apart, or spread over all whose truth is known, else over all."
     steps = rollout.followed if len(rollout.followed) else rollout.steps
     if stride:
         return steps[::stride][:pictures]
@@ -283,21 +318,23 @@ def _chosen(folder: Path, labels: Mapping[str, str] | None, start: int) -> dict[
         raise LabError(f"{folder} holds no rollouts; run 04_inference first")
     if labels is None:
         ends = dict.fromkeys([next(iter(found)), list(found)[-1]])
-        labels = {name: found[name][0].identity.label.replace("%", "% of the weights") for name in ends}
+        labels = {
+            name: found[name][0].identity.label.replace("%", "% of the weights") for name in ends
+        }
     if missing := [name for name in labels if name not in found]:
         raise LabError(f"{folder} has no rollout of {missing[0]}; there are: {', '.join(found)}")
     if start >= (fewest := min(len(found[name]) for name in labels)):
         raise LabError(f"{folder} has no start {start}: its rollouts have {fewest}, counted from 0")
     return {label: found[name][start] for name, label in labels.items()}
 
-
+# %% ../nbs/04_inference.ipynb #2fc59deb
 def run_movie(
     folder: str | Path,  # a run folder
     path: str | Path | None = None,  # ends in .gif or .mp4; default: <run>/<name of the run>.gif
-    labels: Mapping[str, str] | None = None,  # checkpoint: its title; default: the first and the last checkpoint
+    labels: Mapping[str, str] | None = None,  # checkpoint: its title; default: the first and the last
     start: int = 0,  # which start, counted from 0
     frames: int = 100,  # pictures at most
-    stride: int | None = None,  # states on disk from picture to picture; default: so that `frames` show the whole record
+    stride: int | None = None,  # states from picture to picture; default: `frames` show the whole record
     error: bool = False,  # also what each gets wrong
     **look,  # `size`, `fps`, `max_bytes` of `make_movie`
 ) -> Path:  # of the file
@@ -310,4 +347,6 @@ def run_movie(
     longest = max(chosen.values(), key=len)
     steps = shown_steps(longest, frames, stride)
     panels = run_panels(chosen, steps, error)
-    return make_movie(path or folder / f"{folder.name}.gif", panels, times=steps * longest.step, **look)
+    return make_movie(
+        path or folder / f"{folder.name}.gif", panels, times=steps * longest.step, **look,
+    )

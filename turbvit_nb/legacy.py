@@ -29,8 +29,10 @@ def spread_channels(
     state: dict[str, Tensor],  # plain weights of the earlier project
     network: nn.Module,  # ours
 ) -> dict[str, Tensor]:
-    "The weights with those of the last convolution at the channels that it saw, every T-th, and zeros at the others."
-    key, T, D = "patchrecovery.conv.weight", network.config["num_frames"], network.config["embed_dim"]
+    "The weights, those of the last convolution at the channels it saw, with zeros at the others."
+    key, T, D = "patchrecovery.conv.weight", network.config["num_frames"], network.config[
+        "embed_dim"
+    ]
     if T == 1 or key not in state or state[key].shape[1] != D // T:
         return state
     whole = state[key].new_zeros(len(state[key]), D, *state[key].shape[2:])
@@ -44,18 +46,22 @@ class Legacy:
 
     @staticmethod
     def network(path: str | Path, **config) -> nn.Module:
-        "The network of an older checkpoint: whole or pruned, saved from one process or several. Raises `LabError`."
+        "The network of an older checkpoint, whole or pruned. Raises `LabError`."
         state = read_checkpoint(path)
         if not isinstance(state, dict) or "model_state" not in state:
             raise LabError(f"{path} is not a checkpoint of a model: it has no 'model_state'")
         with torch.random.fork_rng(devices=[]):
             network = create_model(**config | LEGACY)
-        return load_weights(network, spread_channels(plain_weights(state["model_state"]), network), str(path)).eval()
+        return load_weights(
+            network, spread_channels(plain_weights(state["model_state"]), network), str(path),
+        ).eval()
 
     @staticmethod
     def from_state(state: dict[str, Any], source: str) -> Emulator:
-        "The emulator of an older checkpoint, completed by its run folder and the statistics of its data. Raises `LabError`."
-        run = next((f for f in Path(source).absolute().parents[:2] if (f / "config.toml").is_file()), None)
+        "The emulator, completed by the run folder and the data's statistics. Raises `LabError`."
+        run = next(
+            (f for f in Path(source).absolute().parents[:2] if (f / "config.toml").is_file()), None,
+        )
         if run is None:
             told = f"{source} holds weights only, and there is no config.toml beside it or one folder up"
             raise LabError(f"{told}; move it into its run folder or use load_legacy")
@@ -64,7 +70,12 @@ class Legacy:
         network = Legacy.network(source, **model.model_dump())
         times = open_store(data_path(data.data_dir or data.data_dirs[0])).times
         step, input_step = (float(times[n] - times[0]) for n in (data.target_step, data.input_step))
-        frames = dict(fields=tuple(model.fields), num_frames=model.num_frames, step=step, input_step=input_step)
+        frames = dict(
+            fields=tuple(model.fields),
+            num_frames=model.num_frames,
+            step=step,
+            input_step=input_step,
+        )
         return Emulator(network, _statistics(data), target="absolute", **frames)
 
 # %% ../nbs/legacy.ipynb #6d143299
@@ -75,7 +86,8 @@ def _statistics(section: Section) -> Normaliser:
         near = (f / "stats" for f in (run, run.parent))
         stats = next((f for f in near if (f / "mean_full_field.npy").is_file()), None)
         if stats is None:
-            raise LabError(f"{run} has no stats/mean_full_field.npy, which a checkpoint of the earlier project needs")
+            told = f"{run} has no stats/mean_full_field.npy"
+            raise LabError(f"{told}, which a checkpoint of the earlier project needs")
         found.append([np.load(stats / f"{name}_full_field.npy").astype(np.float32) for name in ("mean", "std")])
     if any(not np.array_equal(found[0], other) for other in found[1:]):
         told = "build the emulator from load_legacy and the Normaliser it was trained with"

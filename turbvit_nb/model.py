@@ -38,9 +38,9 @@ class EmulatorConfig(NetworkConfig):
     "The keys of `[model]` about the emulator around the network."
 
     fields: list[str] = ["u", "v"]  # what a frame holds
-    target: Literal["increment", "absolute"] = "increment"  # the network predicts the change, or the new state
-    project: bool = True  # make predicted velocities divergence-free; true for u, v unless said otherwise
-    cutoff: float = Field(2 / 3, gt=0, le=1.5)  # keep waves |k| ≤ cutoff·N/2; without project 1.5, which is all, unless given
+    target: Literal["increment", "absolute"] = "increment"  # predict the change, or the new state
+    project: bool = True  # make velocities divergence-free; true for u, v unless said otherwise
+    cutoff: float = Field(2 / 3, gt=0, le=1.5)  # keep |k| ≤ cutoff·N/2; 1.5, all, without project
 
     @model_validator(mode="before")
     @classmethod
@@ -60,22 +60,27 @@ class EmulatorConfig(NetworkConfig):
 def _impossible(c: EmulatorConfig) -> Iterator[str]:
     "What is wrong with a section, a line each."
     for name, by in c.divisions():
-        size, divisor = getattr(c, name), getattr(c, by) if isinstance(by, str) else by
-        if size % divisor:
-            yield f"{name} = {size} is not divisible by {f'{by} = ' if isinstance(by, str) else ''}{divisor}"
+        divisor, told = (getattr(c, by), f"{by} = ") if isinstance(by, str) else (by, "")
+        if getattr(c, name) % divisor:
+            yield f"{name} = {getattr(c, name)} is not divisible by {told}{divisor}"
     if c.in_chans != len(c.fields):
         yield f"in_chans = {c.in_chans}, but there are {len(c.fields)} fields: {', '.join(c.fields)}"
     if c.project and c.fields != ["u", "v"]:
         yield f"project = true needs the fields u, v, not {', '.join(c.fields)}"
     if (c.project or c.cutoff < 2**0.5) and c.img_size % 2:
-        yield f"{'project = true' if c.project else f'cutoff = {c.cutoff:g}'} needs an even img_size, not {c.img_size}"
-    able = [name for name, kind in NETWORKS.items() if "num_out_frames" in inspect.signature(kind).parameters]
+        key = "project = true" if c.project else f"cutoff = {c.cutoff:g}"
+        yield f"{key} needs an even img_size, not {c.img_size}"
+    able = [
+        name
+        for name, kind in NETWORKS.items() if "num_out_frames" in inspect.signature(kind).parameters
+    ]
     if c.num_out_frames > 1 and c.model_type not in able:
-        yield f"num_out_frames = {c.num_out_frames} needs model_type = {' or '.join(able)}, not {c.model_type}"
+        need = f"needs model_type = {' or '.join(able)}, not {c.model_type}"
+        yield f"num_out_frames = {c.num_out_frames} {need}"
 
 # %% ../nbs/00_model.ipynb #ae911235
 class ModelConfig(EmulatorConfig):
-    "The `[model]` section: which network, how large, and what it predicts. Impossible combinations raise `LabError`."
+    "The `[model]` section: which network, how large, what it predicts. Mistakes raise `LabError`."
 
     def __new__(cls, **keys):
         return object.__new__(_choose(keys, "ModelConfig") if cls is ModelConfig else cls)
@@ -90,20 +95,26 @@ class ModelConfig(EmulatorConfig):
     def _fill(self, keys: dict, where: str) -> None:
         "Validate the network's own keys; drop those of other networks."
         own = type(self).model_fields
-        known = {key for other in NETWORKS.values() for key in other.section.model_fields} | set(own)
+        of_all = (other.section.model_fields for other in NETWORKS.values())
+        known = {key for one in [own, *of_all] for key in one}
         if unknown := [key for key in keys if key not in known]:
-            raise LabError(f"{where}.{unknown[0]} is not a key" + hint(unknown[0], sorted(known), f"{where}.{{}}"))
+            near = hint(unknown[0], sorted(known), f"{where}.{{}}")
+            raise LabError(f"{where}.{unknown[0]} is not a key{near}")
         super()._fill({key: value for key, value in keys.items() if key in own}, where)
 
     def check(self, config: Config, name: str) -> None:
-        "Raise `LabError` unless the checkpoint that a config starts from holds a model, and that of this section."
+        "Raise `LabError` unless the checkpoint that a config starts from holds this model."
         check_start(config, self)
 
 # %% ../nbs/00_model.ipynb #e6d162a8
 @cache
 def _section_of(network: type) -> type:
     "`ModelConfig` with the keys of a network."
-    return new_class("ModelConfig", (ModelConfig, network.section), exec_body=lambda body: body.update(__module__=__name__))
+    return new_class(
+        "ModelConfig",
+        (ModelConfig, network.section),
+        exec_body=lambda body: body.update(__module__=__name__),
+    )
 
 
 def _choose(keys: dict, where: str) -> type:
@@ -117,14 +128,16 @@ def _choose(keys: dict, where: str) -> type:
 # %% ../nbs/00_model.ipynb #7cff4592
 def _arguments(network: type) -> set[str]:
     "What a network's constructor, or that of a network it extends, asks for."
-    asked = (inspect.signature(kind).parameters for kind in network.__mro__ if kind in NETWORKS.values())
+    asked = (
+        inspect.signature(kind).parameters for kind in network.__mro__ if kind in NETWORKS.values()
+    )
     return {name for parameters in asked for name in parameters}
 
 
 def create_model(
     **config,  # the keys of `ModelConfig`
 ) -> nn.Module:  # the network, on the CPU; `.config` holds all its keys, defaults included
-    "Build a network from the keys of a `[model]` section. Raises `LabError` for keys that do not fit together."
+    "Build a network from the keys of a `[model]` section. Raises `LabError` for keys that do not fit."
     config = ModelConfig.parse(config, "model").model_dump()
     kind = NETWORKS[config["model_type"]]
     network = kind(**{key: config[key] for key in _arguments(kind) & config.keys()})
@@ -146,11 +159,11 @@ class Normaliser(nn.Module):
         self,
         mean: Tensor | list[float],  # (C,), physical units
         std: Tensor | list[float],  # (C,)
-        increment_std: Tensor | list[float] | None = None,  # (C,), of the change over one step; `std` if there is none
+        increment_std: Tensor | list[float] | None = None,  # (C,), of the change over a step, or `std`
     ):
         super().__init__()
-        given = (("mean", mean), ("std", std), ("increment_std", std if increment_std is None else increment_std))
-        for name, value in given:
+        increment_std = std if increment_std is None else increment_std
+        for name, value in (("mean", mean), ("std", std), ("increment_std", increment_std)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).clone())
         if not (self.std > 0).all() or not (self.increment_std > 0).all():
             deviations = f"{self.std.tolist()}, of increments {self.increment_std.tolist()}"
@@ -202,7 +215,12 @@ def begin(
 
 
 @patch
-def advance(self: Kind, state: State, cond: Tensor | None = None, generator: Generator | None = None) -> State:
+def advance(
+    self: Kind,
+    state: State,
+    cond: Tensor | None = None,  # flow parameters (B, P)
+    generator: Generator | None = None,  # of the noise
+) -> State:
     "The state one step later."
     raise NotImplementedError(f"{type(self).__name__} has no advance(state, cond, generator)")
 
@@ -214,8 +232,13 @@ def look(self: Kind, state: State) -> Tensor:
 
 
 @patch
-def forward(self: Kind, x: Tensor, cond: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-    "The next frames (B, C, T′, N, N) after the frames `x` (B, C, T, N, N), physical."
+def forward(
+    self: Kind,
+    x: Tensor,  # frames (B, C, T, N, N), physical, newest first
+    cond: Tensor | None = None,  # flow parameters (B, P)
+    generator: Generator | None = None,  # of the noise
+) -> Tensor:  # (B, C, T′, N, N)
+    "The next frames."
     return self.look(self.advance(self.begin(x, cond, generator), cond, generator))
 
 # %% ../nbs/00_model.ipynb #9c0b4a93
@@ -238,12 +261,13 @@ def noise(
 ) -> Tensor:
     "Standard normal numbers."
     device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+    drawn = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
+    return drawn.to(like.device)
 
 # %% ../nbs/00_model.ipynb #9aff297e
 @register("network")
 class Emulator(Kind):
-    "A network in physical units: `emulator(x, cond)` maps (B, C, T, N, N), newest first, to (B, C, T′, N, N), in order of time."
+    "A network in physical units: frames (B, C, T, N, N), newest first, to the next (B, C, T′, N, N)."
 
     def __init__(
         self,
@@ -257,8 +281,8 @@ class Emulator(Kind):
     ):
         super().__init__(**frames)
         if (known := len(normaliser.mean)) != len(self.fields):
-            told = f"the normaliser has statistics of {known} fields, the emulator has {len(self.fields)}"
-            raise LabError(f"{told}: {', '.join(self.fields)}")
+            told = f"the normaliser has statistics of {known} fields, the emulator has"
+            raise LabError(f"{told} {len(self.fields)}: {', '.join(self.fields)}")
         self.network, self.normaliser = network, normaliser
         self.target, self.project, self.cutoff = target, project, cutoff
 
@@ -285,7 +309,7 @@ def constrained(
         uv = self.normaliser.denormalise(z).transpose(1, 2)
         return self.normaliser.normalise(g.project(uv, kept).transpose(1, 2))
 
-
+# %% ../nbs/00_model.ipynb #8495bec2
 @patch
 def predict(
     self: Emulator,
@@ -321,7 +345,7 @@ def forward(
         return self.unrolled_losses(z, cond, y, error or squared_error, **more)
     return self.normaliser.denormalise(self.predict(z, cond, **more))
 
-
+# %% ../nbs/00_model.ipynb #86e43d38
 def create_emulator(
     config: ModelConfig,  # the `[model]` section
     normaliser: Normaliser,  # statistics of the training frames
@@ -329,7 +353,12 @@ def create_emulator(
 ) -> Emulator:  # untrained
     "The emulator that a `[model]` section describes."
     network = create_model(**config.model_dump())
-    chosen = dict(fields=tuple(config.fields), target=config.target, project=config.project, cutoff=config.cutoff)
+    chosen = dict(
+        fields=tuple(config.fields),
+        target=config.target,
+        project=config.project,
+        cutoff=config.cutoff,
+    )
     frames = dict(num_frames=config.num_frames, out_frames=config.num_out_frames)
     return Emulator(network, normaliser, **frames, **chosen, **settings)
 
@@ -341,7 +370,7 @@ def squared_error(
     "The sum of squared differences, the error that is meant unless another is asked for."
     return (new - wanted).square().sum((1, 2, 3, 4))
 
-
+# %% ../nbs/00_model.ipynb #60ea0896
 @patch
 def follow(
     self: Emulator,
@@ -354,14 +383,14 @@ def follow(
         raise LabError(f"{told}: set input_step = target_step")
     return torch.cat([new.flip(2), frames], 2)[:, :, : self.num_frames]
 
-
+# %% ../nbs/00_model.ipynb #c6a3812d
 @patch
 def unrolled_losses(
     self: Emulator,
     z: Tensor,  # normalised frames (B, C, T, N, N)
     cond: Tensor | None,  # flow parameters (B, P)
     y: Tensor,  # physical targets (B, C, N, N) or (B, C, K, N, N)
-    error: Callable[[Tensor, Tensor], Tensor] = squared_error,  # of a step's frames against the truth, summed: (B,)
+    error: Callable[[Tensor, Tensor], Tensor] = squared_error,  # of frames and truth, summed: (B,)
     **more,  # what else the network is told
 ) -> Tensor:  # (B,)
     "The mean error over fields, space and the K leads, in normalised units."
@@ -385,7 +414,12 @@ def losses(
 
 # %% ../nbs/00_model.ipynb #14cc6d03
 @patch
-def advance(self: Emulator, state: State, cond: Tensor | None = None, generator: Generator | None = None) -> State:
+def advance(
+    self: Emulator,
+    state: State,
+    cond: Tensor | None = None,  # flow parameters (B, P)
+    generator: Generator | None = None,  # not used
+) -> State:
     "One step later: the frames looked at, `x`, and the frames predicted, `new`."
     x = self.follow(state["x"], state["new"]) if "new" in state else state["x"]
     return {"x": x, "new": self(x, cond)}
@@ -414,8 +448,8 @@ def states(
     state: State,  # to go on from
     cond: Tensor | None = None,  # flow parameters (B, P)
     generator: Generator | None = None,  # of the noise
-) -> Iterator[tuple[State, Tensor]]:  # after each step, for ever: the state, and its frames (B, C, T′, N, N)
-    "The states after 1, 2, … steps: what a rollout is made of, for those who stop and go on."
+) -> Iterator[tuple[State, Tensor]]:  # the state, and its frames (B, C, T′, N, N), for ever
+    "What is there after 1, 2, … steps: what rollouts are made of, for those who stop and go on."
     while True:
         with evaluating(emulator):
             state = emulator.advance(state, cond, generator)
@@ -429,7 +463,7 @@ def rollout(
     steps: int,  # frames to hand out
     members: int = 1,  # of each initial state
     cond: Tensor | None = None,  # flow parameters (B, P)
-    generator: Generator | None = None,  # of the noise of a stochastic kind; a new one of seed 0 unless given
+    generator: Generator | None = None,  # of a stochastic kind's noise; of seed 0 unless given
 ) -> Iterator[Tensor]:  # (B, C, N, N), or (B, M, C, N, N) with several members
     "The frames at 1, 2, … `steps` emulator steps after `x0`, in physical units."
     x = x0.repeat_interleave(members, 0)
@@ -437,7 +471,8 @@ def rollout(
     generator = generator or Generator().manual_seed(0)
     with evaluating(emulator):
         begun = emulator.begin(x, cond, generator)
-    for lead, (_, frames) in zip(range(0, steps, emulator.out_frames), states(emulator, begun, cond, generator)):
+    leads, on = range(0, steps, emulator.out_frames), states(emulator, begun, cond, generator)
+    for lead, (_, frames) in zip(leads, on):
         for frame in frames[:, :, : steps - lead].unbind(2):
             yield frame if members == 1 else frame.unflatten(0, (len(x0), members))
 
@@ -448,23 +483,25 @@ def _registered(
     module: str,  # where it is registered
     source: str,  # for messages
 ) -> type:
-    "An entry of a registry; a module of this package that makes the entry is imported for it. Raises `LabError`."
+    "An entry of a registry, made by importing a module of this package if need be. Or `LabError`."
     if name not in table and re.fullmatch(r"turbvit_nb(\.[a-z_]\w*)+", module):
         with suppress(ModuleNotFoundError):
             import_module(module)
     if name not in table:
         what = "network" if table is NETWORKS else "kind of emulator"
-        raise LabError(f"{source} holds the {what} {name!r}, which is not known here: import {module or 'its module'} first")
+        remedy = f"import {module or 'its module'} first"
+        raise LabError(f"{source} holds the {what} {name!r}, which is not known here: {remedy}")
     return table[name]
 
-
+# %% ../nbs/00_model.ipynb #358a2c15
 def emulator_state(
     emulator: Kind,  # registered; the network of an `Emulator` came from `create_model`
 ) -> dict[str, Any]:  # builder, model_state, and what else the kind needs
-    "Everything that `emulator_from_state` needs, as tensors and plain values. Raises `LabError` for a kind that is not registered."
+    "What `emulator_from_state` needs, as tensors and plain values. The kind must be registered."
     own = type(emulator)
     if KINDS.get(getattr(own, "kind", "")) is not own:
-        raise LabError(f"{own.__name__} is no registered kind of emulator, so nothing could load it: put @register(name) above it")
+        told = f"{own.__name__} is no registered kind of emulator, so nothing could load it"
+        raise LabError(f"{told}: put @register(name) above the class")
     state = emulator.to_state()
     return state | {"builder": {"kind": own.kind, "module": own.__module__} | state.get("builder", {})}
 
@@ -476,9 +513,10 @@ def plain_weights(
     state = {key.removeprefix("module."): value for key, value in state.items()}
     halves = {key.removesuffix("_orig") for key in state if key.endswith("_orig")}
     masked = {key: state[key + "_orig"] * state[key + "_mask"] for key in halves}
-    return {key: value for key, value in state.items() if not key.endswith(("_orig", "_mask"))} | masked
+    whole = {key for key in state if not key.endswith(("_orig", "_mask"))}
+    return {key: state[key] for key in state if key in whole} | masked
 
-
+# %% ../nbs/00_model.ipynb #cfd3ae3b
 def load_weights(
     network: nn.Module,  # to load into
     state: dict[str, Tensor],  # its weights
@@ -488,8 +526,13 @@ def load_weights(
     own, state = network.state_dict(), plain_weights(state)
     wrong = [f"{key} is missing" for key in own.keys() - state.keys()]
     wrong += [f"{key} is not in the model" for key in state.keys() - own.keys()]
-    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own.keys() & state.keys()}
-    wrong += [f"{key} is {there}, the model has {here}" for key, (there, here) in shapes.items() if there != here]
+    shapes = {
+        key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own.keys() & state.keys()
+    }
+    wrong += [
+        f"{key} is {there}, the model has {here}"
+        for key, (there, here) in shapes.items() if there != here
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise LabError(f"{source} does not fit the model: {'; '.join(sorted(wrong)[:3])}{more}")
@@ -499,15 +542,17 @@ def load_weights(
 # %% ../nbs/00_model.ipynb #ccf4ea95
 @patch
 def to_state(self: Kind) -> dict[str, Any]:
-    "What a checkpoint of this kind holds: the weights, and the constructor's arguments from `self.arguments`."
-    frames = {name: getattr(self, name) for name in ("step", "input_step", "num_frames", "out_frames")}
+    "What a checkpoint of this kind holds: weights, and the constructor's arguments."
+    frames = {
+        name: getattr(self, name) for name in ("step", "input_step", "num_frames", "out_frames")
+    }
     arguments = {"fields": list(self.fields)} | frames | self.arguments
     return {"builder": {"arguments": arguments}, "model_state": self.state_dict()}
 
 
 @patch(cls_method=True)
 def from_state(cls: Kind, state: dict[str, Any], source: str) -> Kind:
-    "The emulator of a checkpoint of this kind. Raises `LabError` when something is missing or does not fit."
+    "The emulator of a checkpoint of this kind. Raises `LabError` when it does not fit."
     with torch.random.fork_rng(devices=[]):
         emulator = cls(**state["builder"]["arguments"])
     return load_weights(emulator, state.get("ema_state") or state["model_state"], source)
@@ -521,16 +566,23 @@ def to_state(self: Emulator) -> dict[str, Any]:
     statistics = {name: value.detach().clone() for name, value in self.normaliser.named_buffers()}
     config = self.network.config
     builder = {"network": config["model_type"], "network_module": type(self.network).__module__}
-    return {"builder": builder, "model_state": self.network.state_dict(), "model": config, "emulator": settings | statistics}
+    return {
+        "builder": builder,
+        "model_state": self.network.state_dict(),
+        "model": config,
+        "emulator": settings | statistics,
+    }
 
 
 @patch(cls_method=True)
 def from_state(cls: Emulator, state: dict[str, Any], source: str) -> Emulator:
-    "The emulator of a checkpoint with `model` and `emulator`, of today or from before there were kinds. Raises `LabError`."
+    "The emulator of a checkpoint, of today or from before there were kinds. Raises `LabError`."
     if missing := [key for key in ("model", "emulator") if key not in state]:
         raise LabError(f"{source} has no {missing[0]!r}: it was not written by this project")
     config, builder = state["model"], state.get("builder", {})
-    _registered(NETWORKS, config.get("model_type", "ViT"), builder.get("network_module", ""), source)
+    _registered(
+        NETWORKS, config.get("model_type", "ViT"), builder.get("network_module", ""), source,
+    )
     with torch.random.fork_rng(devices=[]):
         network = create_model(**config)
     load_weights(network, state.get("ema_state") or state["model_state"], source)
@@ -544,9 +596,11 @@ def emulator_from_state(
     source: str = "the checkpoint",  # its file, for messages
 ) -> Kind:
     "Rebuild an emulator of any kind. Raises `LabError` when something is missing or does not fit."
-    older = {"kind": "network"} if "emulator" in state else {"kind": "legacy", "module": "turbvit_nb.legacy"}
+    older = {"kind": "legacy", "module": "turbvit_nb.legacy"}
+    older = {"kind": "network"} if "emulator" in state else older
     builder = state.get("builder", older)
-    return _registered(KINDS, builder["kind"], builder.get("module", ""), source).from_state(state, source)
+    kind = _registered(KINDS, builder["kind"], builder.get("module", ""), source)
+    return kind.from_state(state, source)
 
 
 def load_emulator(
@@ -559,12 +613,12 @@ def load_emulator(
         raise LabError(f"{checkpoint} is not a checkpoint of a model: it has no 'model_state'")
     return emulator_from_state(state, str(checkpoint)).to(device).eval()
 
-
+# %% ../nbs/00_model.ipynb #d32f596a
 def load_legacy(
     path: str | PathLike,  # a `.tar` file of the earlier project's ViT or ReViT
     **config,  # its `[model]` section
 ) -> nn.Module:  # the network, in evaluation mode
-    "The network of a checkpoint of the earlier project, see [legacy](legacy.ipynb). Raises `LabError`."
+    "The network of a checkpoint of the earlier project, see `legacy`. Raises `LabError`."
     return _registered(KINDS, "legacy", "turbvit_nb.legacy", str(path)).network(path, **config)
 
 # %% ../nbs/00_model.ipynb #649ef887
@@ -572,7 +626,7 @@ def check_start(
     config: Config,  # of a job
     section: ModelConfig | None = None,  # its [model], if it has one
 ) -> None:
-    "Raise `LabError` unless the checkpoint file that the config starts from holds a model, and that of `section`."
+    "Raise `LabError` unless the checkpoint file a config starts from holds the model of `section`."
     named = config.top.checkpoint_file
     places = [Path(named).expanduser(), run_folder(named)] if named else []
     for path in [place for place in places if place.is_file()][:1]:
@@ -591,7 +645,7 @@ def _products(
     inputs: tuple[Tensor, ...],  # of its forward pass
     output: Tensor,  # of its forward pass
 ) -> int:  # operations
-    "The operations of the matrix products that a module does itself, leaving out those of its children."
+    "The operations of the matrix products that a module does itself, without its children's."
     if isinstance(module, Attention):
         B, L, _ = output.shape
         return 4 * B * L * L * module.proj.in_features
@@ -609,7 +663,7 @@ def _is_prunable(module: nn.Module) -> bool:
 # %% ../nbs/00_model.ipynb #3365debc
 @contextmanager
 def _saved(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    "Collects what autograd saves inside the `with`, by memory address, the model's own tensors left out."
+    "Collects what autograd saves inside the `with`, by address, without the model's own tensors."
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved = {}
 
@@ -622,21 +676,25 @@ def _saved(model: nn.Module) -> Iterator[dict[int, Tensor]]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         yield saved
 
-
+# %% ../nbs/00_model.ipynb #a476d61d
 class Card(dict):
     "What a model costs, by name: counts, operations and bytes."
 
     def __repr__(self) -> str:
-        width, text = max(map(len, self)), lambda value: f"{value:,}" if isinstance(value, int) else value
+        width, text = max(map(len, self)), lambda value: f"{value:,}" if isinstance(
+            value, int,
+        ) else value
         return "\n".join(f"{name:<{width}}  {text(value)}" for name, value in self.items())
 
 # %% ../nbs/00_model.ipynb #5f5e4aea
 def card(
     emulator: Emulator,  # whose network came from `create_model`
 ) -> Card:
-    "Parameters, prunable weights, operations (FLOPs) and memory of one step of one sample, the projection's transforms left out."
+    "What one step of one sample costs. The transforms of the projection are not counted."
     N, p = emulator.size, next(emulator.parameters())
-    x, cond = p.new_zeros(1, len(emulator.fields), emulator.num_frames, N, N), p.new_ones(1, len(FEATURES))
+    x, cond = p.new_zeros(1, len(emulator.fields), emulator.num_frames, N, N), p.new_ones(
+        1, len(FEATURES),
+    )
     counts = {True: 0, False: 0}
 
     def count(module, inputs, output):
@@ -654,6 +712,8 @@ def card(
         prunable=sum(m.weight.numel() for m in modules),
         flops=sum(counts.values()),
         attention_flops=counts[True],
-        weight_bytes=sum(t.numel() * t.itemsize for t in [*emulator.parameters(), *emulator.buffers()]),
+        weight_bytes=sum(
+            t.numel() * t.itemsize for t in [*emulator.parameters(), *emulator.buffers()]
+        ),
         activation_bytes=sum(t.untyped_storage().nbytes() for t in saved.values()),
     )

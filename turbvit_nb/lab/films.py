@@ -68,11 +68,18 @@ def _background(
 ) -> np.ndarray:  # uint8 (height, width)
     "All that does not move: labels and the colour bar."
     bar = len(labels) * (size + _GAP) + _GAP  # where the colour bar begins
-    names = [(_GAP + i * (size + _GAP) + size / 2, _EDGE / 2, name, "mm", size + _GAP) for i, name in enumerate(labels)]
+    names = [
+        (_GAP + i * (size + _GAP) + size / 2, _EDGE / 2, name, "mm", size + _GAP)
+        for i, name in enumerate(labels)
+    ]
     heights = {f"{limit:.0f}": 4, "0": size / 2, f"−{limit:.0f}": size - 4, "ω": size + _EDGE / 2}
-    ticks = [(bar + (0 if text == "ω" else 14), _EDGE + y, text, "lm", 32) for text, y in heights.items()]
+    ticks = [
+        (bar + (0 if text == "ω" else 14), _EDGE + y, text, "lm", 32) for text, y in heights.items()
+    ]
     sheet = _sheet(bar + 46, size + 2 * _EDGE, names + ticks, colours)
-    sheet[_EDGE : _EDGE + size, bar : bar + 10] = np.linspace(colours - 0.5, 0, size).astype(np.uint8)[:, None]
+    sheet[_EDGE : _EDGE + size, bar : bar + 10] = np.linspace(colours - 0.5, 0, size).astype(
+        np.uint8
+    )[:, None]
     return sheet
 
 # %% ../../nbs/lab/10_films.ipynb #d4862a59
@@ -88,9 +95,13 @@ def _pictures(
     sheet, width = _background(list(panels), limit, size, colours), len(panels) * (size + _GAP)
     for i, t in enumerate(times):
         picture = sheet.copy()
-        picture[_EDGE + size :, :width] = _sheet(width, _EDGE, [(_GAP, _EDGE / 2, f"t = {t:.2f}", "lm", width)], colours)
+        picture[_EDGE + size :, :width] = _sheet(
+            width, _EDGE, [(_GAP, _EDGE / 2, f"t = {t:.2f}", "lm", width)], colours,
+        )
         for p, field in enumerate(fields):
-            picture[_EDGE : _EDGE + size, _GAP + p * (size + _GAP) : (p + 1) * (size + _GAP)] = field[i]
+            picture[
+                _EDGE : _EDGE + size, _GAP + p * (size + _GAP) : (p + 1) * (size + _GAP),
+            ] = field[i]
         image = Image.fromarray(picture, "P")
         image.putpalette(_palette(colours))
         yield image
@@ -99,7 +110,9 @@ def _pictures(
 def _write_gif(path: Path, pictures: Sequence[Image.Image], fps: float) -> None:
     "An endless GIF."
     first, *rest = pictures
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False)
+    first.save(
+        path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False,
+    )
 
 
 def _write_mp4(
@@ -120,9 +133,15 @@ def _write_mp4(
 
 # %% ../../nbs/lab/10_films.ipynb #34e5f1bb
 _TRIES = {  # suffix: (scale, colours of the map, one picture of so many, crf)
-    ".gif": ((1, 239, 1, 0), (5 / 6, 239, 1, 0), (2 / 3, 239, 1, 0), (1 / 2, 239, 1, 0), (1 / 2, 239, 2, 0))
-    + ((1 / 2, 127, 2, 0), (1 / 3, 239, 2, 0), (1 / 3, 127, 3, 0), (1 / 3, 127, 4, 0), (1 / 3, 127, 6, 0)),
-    ".mp4": ((1, 239, 1, 18), (1, 239, 1, 24), (1, 239, 1, 30), (2 / 3, 239, 1, 30), (1 / 2, 239, 1, 34)),
+    ".gif": (
+        *((scale, 239, 1, 0) for scale in (1, 5 / 6, 2 / 3, 1 / 2)),
+        *((1 / 2, colours, 2, 0) for colours in (239, 127)),
+        *((1 / 3, 239, 2, 0), (1 / 3, 127, 3, 0), (1 / 3, 127, 4, 0), (1 / 3, 127, 6, 0)),
+    ),
+    ".mp4": (
+        *((1, 239, 1, crf) for crf in (18, 24, 30)),
+        *((2 / 3, 239, 1, 30), (1 / 2, 239, 1, 34)),
+    ),
 }
 
 
@@ -135,7 +154,8 @@ def _check(path: Path, panels: Mapping[str, np.ndarray]) -> None:
         raise LabError(f"the panels of {path} have different numbers of steps: {sorted(lengths)}")
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(there, os.W_OK):
-        raise LabError(f"{there} cannot be written to, so {path.name} cannot be made there; give it another place")
+        told = f"{there} cannot be written to, so {path.name} cannot be made there"
+        raise LabError(f"{told}; give it another place")
 
 # %% ../../nbs/lab/10_films.ipynb #2ea0cc5a
 def make_movie(
@@ -155,9 +175,13 @@ def make_movie(
     times = np.arange(1, len(first) + 1) if times is None else np.asarray(times)
     for scale, colours, every, crf in _TRIES[path.suffix]:
         some = {label: omega[::every] for label, omega in panels.items()}
-        pictures = list(_pictures(some, times[::every], limit, 2 * round(size * scale / 2), colours))
+        pictures = list(
+            _pictures(some, times[::every], limit, 2 * round(size * scale / 2), colours)
+        )
         with atomic(path) as part:
-            _write_gif(part, pictures, fps / every) if path.suffix == ".gif" else _write_mp4(part, pictures, fps, crf)
+            _write_gif(part, pictures, fps / every) if path.suffix == ".gif" else _write_mp4(
+                part, pictures, fps, crf,
+            )
             small = part.stat().st_size <= max_bytes
         if small:
             break

@@ -76,7 +76,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.num_heads:
             return self.proj(x[..., :0])
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads,
+        )
         return self.proj(rearrange(self.attend(q, k, v), "b h l d -> b l (h d)"))
 
 # %% ../../nbs/layers/01_attention.ipynb #02da8036

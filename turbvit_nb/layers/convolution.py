@@ -32,7 +32,9 @@ class CircularConv(nn.Conv2d):
         kernel: int = 3,  # odd side of the kernel
         bias: bool = True,  # whether to add a constant per channel
     ):
-        super().__init__(in_chans, out_chans, kernel, padding=kernel // 2, padding_mode="circular", bias=bias)
+        super().__init__(
+            in_chans, out_chans, kernel, padding=kernel // 2, padding_mode="circular", bias=bias,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(wrap(x, self.padding[0]), self.weight, self.bias)
@@ -85,7 +87,9 @@ class LinearRecovery(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.conv(rearrange(x, "b d h w -> b h w d"))
-        return rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
+        return rearrange(
+            patches, "b h w (c p q) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size,
+        )
 
 # %% ../../nbs/layers/02_convolution.ipynb #d576af9f
 class TransposedRecovery(nn.Module):
@@ -99,13 +103,17 @@ class TransposedRecovery(nn.Module):
         patch_size: int,  # side p of a patch
     ):
         super().__init__()
-        self.conv = nn.ConvTranspose2d(embed_dim, out_chans, patch_size, stride=patch_size, bias=False)
+        self.conv = nn.ConvTranspose2d(
+            embed_dim, out_chans, patch_size, stride=patch_size, bias=False,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 # %% ../../nbs/layers/02_convolution.ipynb #2ab9fbe7
-RECOVERIES = {"subpixel_conv": SubPixelRecovery, "linear": LinearRecovery, "conv": TransposedRecovery}
+RECOVERIES = {
+    "subpixel_conv": SubPixelRecovery, "linear": LinearRecovery, "conv": TransposedRecovery,
+}
 
 # %% ../../nbs/layers/02_convolution.ipynb #0300a2b0
 class ResidualBlock(nn.Module):

@@ -47,7 +47,9 @@ class TubeletEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sizes, kernel = tuple(x.shape[-3:]), self.proj.kernel_size
-        if x.ndim != 5 or x.shape[1] != self.proj.in_channels or any(n % k for n, k in zip(sizes, kernel)):
+        if x.ndim != 5 or x.shape[1] != self.proj.in_channels or any(
+            n % k for n, k in zip(sizes, kernel)
+        ):
             raise ValueError(
                 f"fields of shape {tuple(x.shape)} cannot be cut into tubelets: "
                 f"wanted (B, {self.proj.in_channels}, T, H, W) with T, H, W divisible by {kernel}"
@@ -117,7 +119,9 @@ class ConditionEmbed(nn.Module):
         embed_dim: int,  # token width D
     ):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_conditions, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(num_conditions, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim),
+        )
 
     def forward(self, cond: Tensor) -> Tensor:
         wanted = self.mlp[0].in_features
