@@ -17,9 +17,10 @@ from turbvit_nb.physics.metrics import autocorrelation
 from turbvit_nb.physics.py2d import Regime, find_runs, open_store
 from turbvit_nb.physics.solver import Solver, random_vorticity
 from turbvit_nb.physics.spectral import grid
-from turbvit_nb.physics.statistics import (BlockMeans, autocorrelation_band, bartlett_error, block_bootstrap, block_length,
-                                           block_replicates, decluster, decorrelation_time, difference_interval, event_periods,
-                                           extremal_index, fit_gev, fit_gpd, gev_band, gpd_band, mean_interval, record_agreement, return_level)
+from turbvit_nb.physics import statistics
+from turbvit_nb.physics.statistics import (BlockMeans, autocorrelation_band, block_bootstrap, block_length, block_replicates,
+                                           decluster, decorrelation_time, difference_interval, event_periods, extremal_index,
+                                           fit_gev, fit_gpd, gev_band, gpd_band, mean_interval, return_level)
 
 PROCESSES = {  # coefficients of the autoregression, samples per series
     "white": ([1.0], 100),
@@ -37,6 +38,24 @@ def series(coefficients: list[float], n: int, count: int, seed: int = 0) -> torc
 def share(interval: tuple[torch.Tensor, torch.Tensor], truth) -> float:
     low, high = interval
     return float(((low <= truth) & (truth <= high)).double().mean())
+
+
+def bartlett_error(correlation: torch.Tensor, n: int, nlags: int) -> torch.Tensor:
+    "Standard error (nlags + 1,) of an estimated autocorrelation by Bartlett's formula, from the true one, 0 beyond its last lag."
+    rho, lags = correlation.double(), len(correlation) - 1
+    middle = lags + 2 * nlags
+    sided = torch.zeros(2 * middle + 1, dtype=torch.float64)
+    sided[middle : middle + lags + 1], sided[middle - lags : middle + 1] = rho, rho.flip(0)
+    k, v = torch.arange(nlags + 1)[:, None], torch.arange(-lags - nlags, lags + nlags + 1)[None]
+    here, behind, ahead, at = sided[middle + v], sided[middle + v - k], sided[middle + v + k], sided[middle + k]
+    variance = (here**2 + ahead * behind - 4 * at * here * behind + 2 * here**2 * at**2).sum(1)
+    return (variance.clamp(min=0) / n).sqrt()
+
+
+def record_agreement(records: list[torch.Tensor]) -> torch.Tensor:
+    "p-value (…) of records (…, n_i) having one mean: the F test by which `mean_error` decides what the samples are."
+    _, within, between, freedom = statistics._between(records)
+    return statistics._exceeds(between, len(records) - 1, within, freedom)
 
 
 # Means ----------------------------------------------------------------------------------------------------------------

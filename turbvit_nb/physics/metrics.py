@@ -64,7 +64,7 @@ def vrmse(
 def acc(
     forecast: Tensor,  # (…, N, N)
     truth: Tensor,  # (…, N, N)
-    climatology: Tensor | float,  # (N, N) or anything that broadcasts: a mean over other frames, in the same units
+    climatology: Tensor | float,  # (N, N) or what broadcasts: a mean over other frames, same units
     centred: bool = False,  # remove the domain mean of each anomaly as well
 ) -> Tensor:
     """Anomaly correlation coefficient over the domain, (…), in [−1, 1]; NaN where either anomaly
@@ -244,7 +244,8 @@ def eofs(
     values, vectors = torch.linalg.eigh(covariance.double())
     variance, patterns = values.flip(0).clamp(min=0), vectors.flip(1).T
     height = patterns.abs()
-    first = (height > (1 - 1e-6) * height.amax(1, keepdim=True)).double().argmax(1, keepdim=True)  # of equals, whatever rounding makes of them
+    equal = height > (1 - 1e-6) * height.amax(1, keepdim=True)  # but for rounding
+    first = equal.double().argmax(1, keepdim=True)
     largest = patterns.gather(1, first)
     return {
         "patterns": (patterns * largest.sign())[:n],

@@ -96,9 +96,13 @@ def parse(cls: Regime, path: str | os.PathLike) -> Regime:
     "The regime that a path into a run names. Raises `StoreError` where there is none."
     run = _run_folder(Path(path))
     names = run.parts[-4:] if run else ()
-    found = [p.fullmatch(s) for p, s in zip((_FLOW, _NX, _RUN), (names[0], names[2], names[3]))] if len(names) == 4 else [None]
-    if None in found:
-        raise StoreError(f"{path}: the folder's name does not say which flow it holds; Py2D's are like …/Re1000_fkx0fky4_r0.1_b20/NoSGS/NX64/dt0.0002_IC1")
+    levels = zip((_FLOW, _NX, _RUN), (names[0], *names[2:])) if len(names) == 4 else ()
+    found = [pattern.fullmatch(name) for pattern, name in levels]
+    if not found or None in found:
+        raise StoreError(
+            f"{path}: the folder's name does not say which flow it holds; Py2D's are like "
+            "…/Re1000_fkx0fky4_r0.1_b20/NoSGS/NX64/dt0.0002_IC1"
+        )
     texts = {k: v for m in found for k, v in m.groupdict().items()}
     dealias = texts.pop("alias") is None
     values = {k: _number(v) for k, v in texts.items()}
@@ -106,9 +110,16 @@ def parse(cls: Regime, path: str | os.PathLike) -> Regime:
     return cls(**values, sgs=names[1], dealias=dealias, spelling=kept)
 
 # %% ../../nbs/physics/01_py2d.ipynb #4a654dec
-_LABELS = {"Reynolds Number (Re)": "Re", "Deterministic Forcing Wavenumber (fkx)": "fkx", "Deterministic Forcing Wavenumber (fky)": "fky",
-           "Linear Drag Coefficient (alpha)": "alpha", "Beta plan coefficient (beta)": "beta", "Number of Grid Points (NX)": "NX",
-           "Time Step (dt)": "dt", "De-aliasing": "dealias"}
+_LABELS = {
+    "Reynolds Number (Re)": "Re",
+    "Deterministic Forcing Wavenumber (fkx)": "fkx",
+    "Deterministic Forcing Wavenumber (fky)": "fky",
+    "Linear Drag Coefficient (alpha)": "alpha",
+    "Beta plan coefficient (beta)": "beta",
+    "Number of Grid Points (NX)": "NX",
+    "Time Step (dt)": "dt",
+    "De-aliasing": "dealias",
+}
 
 def read_parameters(
     path: str | os.PathLike,  # a `parameters.txt`
@@ -132,7 +143,8 @@ def _check_parameters(regime: Regime, path: Path) -> Regime:
 
 # %% ../../nbs/physics/01_py2d.ipynb #259f0640
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # as stored
-_CLASSES = dict(enumerate(("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), 6))  # as meant: MATLAB may store doubles as bytes
+_MEANT = ("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8")
+_CLASSES = dict(enumerate(_MEANT, 6))  # as meant: MATLAB may store doubles as bytes
 _MATRIX, _COMPRESSED, _COMPLEX = 14, 15, 8
 
 def _elements(raw: bytes, order: str, at: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -213,7 +225,8 @@ class Store:
 
     @property
     def run(self) -> Path:
-        "The folder that names the run, whichever file of it is read: two stores with the same one hold the same frames."
+        """The folder that names the run, whichever file of it is read: two stores with the same one
+        hold the same frames."""
         return _run_folder(self.path.resolve()) or self.path.resolve()
 
     def __repr__(self) -> str:
@@ -244,7 +257,12 @@ def check(
     return bad
 
 @patch
-def drop_bad(self: Store, numbers: Iterable[int] | None = None, progress: Callable = lambda items, **kw: items) -> dict[int, FrameError]:
+def drop_bad(
+    self: Store,
+    numbers: Iterable[int] | None = None,
+    progress: Callable = lambda items,
+    **kw: items,
+) -> dict[int, FrameError]:
     "Leave out the frames that `check` finds bad."
     bad = self.check(None if numbers is None else np.intersect1d(self.frames, list(numbers)).tolist(), progress)
     self.bad += bad.values()
@@ -298,7 +316,10 @@ def _write_whole(path: Path, data: bytes):
         os.replace(part, path)
     except OSError as error:
         if part.exists(): part.unlink()
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); make room or choose another folder, and run again") from None
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}); make room or choose another folder, "
+            "and run again"
+        ) from None
 
 def _mat(**variables) -> bytes:
     savemat(out := BytesIO(), variables)
@@ -394,7 +415,8 @@ def open_store(
 PACKED_VERSION = 1
 
 def _place(file: h5py.File, name: str, shape: tuple, dtype, chunks: tuple | None = None):
-    "A dataset whose bytes have their place in the file from the start; chunked ones are left unwritten, the others are zero."
+    """A dataset whose bytes have their place in the file from the start; chunked ones are left
+    unwritten, the others are zero."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     if chunks:
@@ -432,7 +454,9 @@ def _first_byte(dataset: h5py.Dataset) -> int | None:
 def _open_hdf5(path: Path, mode: str = "r") -> h5py.File:
     "An HDF5 file, or one line that says what is wrong with it."
     try: return h5py.File(path, mode)
-    except OSError as error: raise StoreError(f"{path}: not a whole HDF5 file ({str(error).splitlines()[0]}); pack it again") from None
+    except OSError as error: raise StoreError(
+        f"{path}: not a whole HDF5 file ({str(error).splitlines()[0]}); pack it again"
+    ) from None
 
 def _stored_regime(attrs) -> Regime:
     "The regime in the attributes of a packed file, with the spelling of its path."
@@ -450,7 +474,9 @@ class PackedStore(Store):
         with _open_hdf5(self.path) as file:
             if absent := {"omega", "frame", "time", "checksum"} - set(file):
                 raise StoreError(f"{path}: an HDF5 file, but not a packed store: no {', '.join(sorted(absent))}")
-            if file.attrs.get("version", 1) > PACKED_VERSION: raise StoreError(f"{path}: was written by a newer turbvit_nb; update this one")
+            if file.attrs.get("version", 1) > PACKED_VERSION: raise StoreError(
+                f"{path}: was written by a newer turbvit_nb; update this one"
+            )
             self.regime, frames, times, sums = _stored_regime(file.attrs), file["frame"][()], file["time"][()], file["checksum"][()]
             self.dtype, self._start, shape = file["omega"].dtype, _first_byte(file["omega"]), file["omega"].shape
         used = np.flatnonzero(frames)
@@ -509,7 +535,9 @@ class PackedWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.part.exists(): _lay_out(self.part, regime, n_frames, self.dtype)
-        except OSError as error: raise StoreError(f"{self.path}: cannot be written ({error.strerror}); name another target") from None
+        except OSError as error: raise StoreError(
+            f"{self.path}: cannot be written ({error.strerror}); name another target"
+        ) from None
         with _open_hdf5(self.part) as file:
             omega, stored = file["omega"], _stored_regime(file.attrs)
             if (stored, len(omega), omega.dtype) != (regime, n_frames, self.dtype):
@@ -526,7 +554,10 @@ def _write(self: PackedWriter, at: int, data: bytes):
     try:
         while data: data, at = data[(n := os.pwrite(self._file.fileno(), data, at)):], at + n
     except OSError as error:
-        raise StoreError(f"{self.part}: {error.strerror}; the {self.count} frames before are kept, make room and run again") from None
+        raise StoreError(
+            f"{self.part}: {error.strerror}; the {self.count} frames before are kept, make room "
+            "and run again"
+        ) from None
 
 @patch
 def _row(self: PackedWriter, row: int) -> tuple[int, bool]:

@@ -27,10 +27,13 @@ from .spectral import Grid, grid
 
 # %% ../../nbs/physics/02_solver.ipynb #9f93de4e
 class _Modes:
-    "The coefficients that the solver advances: a block (2K+1, K+1), K = NX/2 − 1, rows kx = −K … K, columns ky = 0 … K."
+    """The coefficients that the solver advances: a block (2K+1, K+1), K = NX/2 − 1, rows kx = −K …
+    K, columns ky = 0 … K."""
     def __init__(self, NX: int, device: str, dtype: torch.dtype):
         self.grid, self.NX, self.K = grid(NX, device, dtype), NX, NX // 2 - 1
-        self.dtype, self.complex = dtype, torch.complex(torch.ones((), dtype=dtype), torch.ones((), dtype=dtype)).dtype
+        self.dtype, self.complex = dtype, torch.complex(
+            torch.ones((), dtype=dtype), torch.ones((), dtype=dtype)
+        ).dtype
         self.kx = torch.arange(-self.K, self.K + 1, device=device, dtype=dtype)[:, None]
         self.ky = torch.arange(self.K + 1, device=device, dtype=dtype)[None]
         self.k2 = self.kx**2 + self.ky**2
@@ -64,7 +67,9 @@ class _Advection:
         self.to_z = (modes.kx + 1j * modes.ky) * modes.inverse_k2
         self.to_z_opposite = -self.to_z.conj().resolve_conj()
         self.from_square = -((1j * modes.kx + ky) ** 2) / 4j / M**2
-        self.conjugate = torch.tensor([1, -1], **like | {"dtype": modes.dtype}).expand(2 * K + 1, K + 1, 2).contiguous()
+        self.conjugate = torch.tensor([1, -1], **like | {"dtype": modes.dtype}).expand(
+            2 * K + 1, K + 1, 2
+        ).contiguous()
         self.z = torch.zeros(items, 2 * K + 1, M, **like)  # (kx, ky), padded along ky
         self.mixed = torch.zeros(items, M, M, **like)  # (y, kx), padded along kx
         self.cut = torch.empty(items, 2 * K + 1, M, **like)  # (kx, y)
@@ -78,8 +83,12 @@ class _Advection:
 def _first(self: _Advection, n: int) -> tuple[torch.Tensor, ...]:
     "Views of the buffers for the first `n` items."
     K = self.K
-    z, mixed, cut, full, half, out = (b[:n] for b in (self.z, self.mixed, self.cut, self.full, self.half, self.out))
-    return z, z[:, :, K:2 * K + 1], z[:, :, :K], mixed, mixed[:, :, :2 * K + 1], cut, full, half, half[:, :, 1:], out
+    z, mixed, cut, full, half, out = (
+        b[:n] for b in (self.z, self.mixed, self.cut, self.full, self.half, self.out)
+    )
+    return z, z[:, :, K:2 * K + 1], z[:, :, :K], mixed, mixed[
+        :, :, :2 * K + 1
+    ], cut, full, half, half[:, :, 1:], out
 
 
 @patch
@@ -104,7 +113,12 @@ def __call__(
 def _imaginary(self: _Advection, full: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     "Each mode of `full` with ky ≥ 0 plus the conjugate of the opposite mode, into `out`."
     opposite = torch.view_as_real(full[:, :, :self.K + 1].flip(1, 2))
-    torch.addcmul(torch.view_as_real(full[:, :, self.K:]), opposite, self.conjugate, out=torch.view_as_real(out))
+    torch.addcmul(
+        torch.view_as_real(full[:, :, self.K:]),
+        opposite,
+        self.conjugate,
+        out=torch.view_as_real(out),
+    )
     return out
 
 # %% ../../nbs/physics/02_solver.ipynb #d78da2f7
@@ -112,7 +126,10 @@ def _fields(NX: int | None, omega: torch.Tensor) -> tuple[_Modes, torch.Tensor]:
     "The modes of a field (…, N, N) and the field as a batch (n, N, N)."
     modes = _modes(Grid.of(omega).NX, str(omega.device), omega.dtype)
     if NX not in (None, modes.NX):
-        raise ValueError(f"the field has {modes.NX} points per side but the regime says NX={NX}: resample one to the other")
+        raise ValueError(
+            f"the field has {modes.NX} points per side but the regime says NX={NX}: resample one "
+            "to the other"
+        )
     return modes, omega.reshape(-1, *omega.shape[-2:])
 
 
@@ -131,7 +148,10 @@ class _Flow:
     def __init__(self, regime: Regime, device: str, dtype: torch.dtype):
         self.regime, self.modes = regime, _modes(regime.NX, device, dtype)
         m, g = self.modes, self.modes.grid
-        if max(regime.fkx, regime.fky) > m.K: raise ValueError(f"forcing at wavenumber {max(regime.fkx, regime.fky)} does not fit on NX={regime.NX}: at most {m.K}")
+        if max(regime.fkx, regime.fky) > m.K: raise ValueError(
+            f"forcing at wavenumber {max(regime.fkx, regime.fky)} does not fit on NX={regime.NX}: "
+            f"at most {m.K}"
+        )
         f = regime.fky * torch.cos(regime.fky * g.y) + regime.fkx * torch.cos(regime.fkx * g.x)
         self.forcing = m.pack(g.transform(f))
         self.linear = -regime.nu * m.k2 - regime.alpha - 1j * regime.beta * m.kx * m.inverse_k2
@@ -139,8 +159,13 @@ class _Flow:
 # %% ../../nbs/physics/02_solver.ipynb #9e7fba35
 def _check_regime(regime: Regime):
     "Refuse, in one line, what this solver does not integrate."
-    if regime.sgs != "NoSGS": raise ValueError(f"the solver has no subgrid model {regime.sgs}: it integrates sgs='NoSGS' only")
-    if not regime.dealias: raise ValueError("the solver always dealiases: it cannot integrate a regime with dealias=False (a path with _alias)")
+    if regime.sgs != "NoSGS": raise ValueError(
+        f"the solver has no subgrid model {regime.sgs}: it integrates sgs='NoSGS' only"
+    )
+    if not regime.dealias: raise ValueError(
+        "the solver always dealiases: it cannot integrate a regime with dealias=False (a path with "
+        "_alias)"
+    )
 
 
 @torch.no_grad()
@@ -151,7 +176,9 @@ def tendency(
     "∂ω/∂t (…, NX, NX): the right-hand side of the vorticity equation, dealiased."
     _check_regime(regime)
     modes, batch = _fields(regime.NX, omega)
-    flow, omega_hat = _Flow(regime, str(omega.device), omega.dtype), modes.pack(modes.grid.transform(batch))
+    flow, omega_hat = _Flow(regime, str(omega.device), omega.dtype), modes.pack(
+        modes.grid.transform(batch)
+    )
     rate = _Advection(modes, len(batch))(omega_hat) + flow.linear * omega_hat - flow.forcing
     return modes.grid.inverse(modes.unpack(rate)).reshape(omega.shape)
 
@@ -169,7 +196,9 @@ class _Py2D:
         "How many steps make `t`. Raises ValueError unless it is a whole number."
         n = max(1, round(t / self.dt))
         if abs(n * self.dt - t) > 1e-9 * t:
-            raise ValueError(f"t = {t:g} is not a whole number of steps dt = {self.dt:g}: {n} steps make {n * self.dt:g}")
+            raise ValueError(
+                f"t = {t:g} is not a whole number of steps dt = {self.dt:g}: {n} steps make {n * self.dt:g}"
+            )
         return n
 
     def plan(self, t: float, now: Callable) -> Iterator[tuple[int, float]]:
@@ -212,7 +241,10 @@ class _Exact:
 
     def _factors(self, dt: float) -> list[tuple]:
         "For each stage A, B, exp(Lτ), and what the forcing adds to W = Δt ω̂."
-        return [(a, b, *self._carry(dt, dt * (after - c))) for a, b, c, after in zip(STAGE_A, STAGE_B, STAGE_C, STAGE_C[1:])]
+        return [
+            (a, b, *self._carry(dt, dt * (after - c)))
+            for a, b, c, after in zip(STAGE_A, STAGE_B, STAGE_C, STAGE_C[1:])
+        ]
 
     def _carry(self, dt: float, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
         L, growth = self.flow.linear, torch.expm1(tau * self.flow.linear)
@@ -251,9 +283,14 @@ def choose(
 ) -> float:
     "The longest step that the flow bears now."
     m = self.flow.modes
-    uv_hat = torch.stack([1j * m.ky * m.inverse_k2 * omega_hat, -1j * m.kx * m.inverse_k2 * omega_hat])
+    uv_hat = torch.stack(
+        [1j * m.ky * m.inverse_k2 * omega_hat, -1j * m.kx * m.inverse_k2 * omega_hat]
+    )
     speed = torch.hypot(*m.grid.inverse(m.unpack(uv_hat))).max().item()
-    if speed > 1e4: raise BlowUp(f"a velocity of {speed:.3g} is too fast for any step: check the units of the initial vorticity, or pass dt")
+    if speed > 1e4: raise BlowUp(
+        f"a velocity of {speed:.3g} is too fast for any step: check the units of the initial "
+        "vorticity, or pass dt"
+    )
     return 1 / max(m.K * speed / CFL, abs(self.flow.regime.beta) / 2, 1e-12)
 
 
@@ -272,20 +309,23 @@ def plan(
 
 # %% ../../nbs/physics/02_solver.ipynb #eb771b94
 class Solver:
-    "Flows of one regime, advanced together from `omega0` (N, N) or (B, N, N); Nyquist modes and the mean of `omega0` are dropped."
+    """Flows of one regime, advanced together from `omega0` (N, N) or (B, N, N); Nyquist modes and
+    the mean of `omega0` are dropped."""
     def __init__(
         self,
         regime: Regime,  # The flow, with NX
         omega0: torch.Tensor | np.ndarray,  # Vorticity (N, N) or (B, N, N), N = regime.NX
         scheme: str = "exact",  # "exact" or "py2d"
-        dt: float | None = None,  # Longest step; default: `exact` chooses by itself, `py2d` takes regime.dt
+        dt: float | None = None,  # Longest step; None: `exact` chooses, `py2d` takes regime.dt
         time: float = 0.0,  # Time of `omega0`
         dtype: torch.dtype = torch.float64,  # Precision of the integration
         workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
     ):
         _check_regime(regime)
         omega0 = torch.as_tensor(omega0).to(dtype)
-        if omega0.ndim not in (2, 3): raise ValueError(f"omega0 is (N, N) or (B, N, N), not of shape {tuple(omega0.shape)}")
+        if omega0.ndim not in (2, 3): raise ValueError(
+            f"omega0 is (N, N) or (B, N, N), not of shape {tuple(omega0.shape)}"
+        )
         self.modes, batch = _fields(regime.NX, omega0)
         if not batch.isfinite().all(): raise ValueError("omega0 holds values that are not finite")
         self.regime, self.scheme, self.shape, self.time = regime, scheme, omega0.shape, float(time)
@@ -294,7 +334,9 @@ class Solver:
         self.workers, self._crew, self._advection = workers or torch.get_num_threads(), None, None
         self.omega_hat = self.previous_hat = self.modes.pack(self.modes.grid.transform(batch))
 
-    def __repr__(self) -> str: return f"Solver({self.regime}, scheme='{self.scheme}', flows={len(self.omega_hat)}, time={self.time:g})"
+    def __repr__(self) -> str:
+        flows = f"flows={len(self.omega_hat)}, time={self.time:g}"
+        return f"Solver({self.regime}, scheme='{self.scheme}', {flows})"
 
 # %% ../../nbs/physics/02_solver.ipynb #b14eed5c
 def _stepper(flow: _Flow, scheme: str, dt: float | None) -> _Py2D | _Exact:
@@ -334,7 +376,13 @@ def _advance_pieces(
         flows[0, piece], flows[1, piece] = now, before
 
 # %% ../../nbs/physics/02_solver.ipynb #83e5f0aa
-def _work(orders: Connection, master: Connection, solver: "Solver", flows: torch.Tensor, pieces: list[slice]):
+def _work(
+    orders: Connection,
+    master: Connection,
+    solver: "Solver",
+    flows: torch.Tensor,
+    pieces: list[slice],
+):
     "The life of a worker. Its copy of the `master`'s end is closed, or the pipe would never end."
     master.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -351,7 +399,7 @@ def _dismiss(processes: list[BaseProcess]):
     for p in processes: p.terminate()
     for p in processes: p.join()
 
-
+# %% ../../nbs/physics/02_solver.ipynb #423b0913
 class _Crew:
     "Advances the flows of a solver in `n` processes."
     def __init__(self, solver: "Solver", n: int):
@@ -359,7 +407,13 @@ class _Crew:
         self.flows = torch.stack([solver.omega_hat, solver.previous_hat]).share_memory_()
         for i in range(n):
             here, there = context.Pipe()
-            processes.append(context.Process(target=_work, args=(there, here, solver, self.flows, solver.pieces[i::n]), daemon=True))
+            processes.append(
+                context.Process(
+                    target=_work,
+                    args=(there, here, solver, self.flows, solver.pieces[i::n]),
+                    daemon=True,
+                )
+            )
             processes[-1].start()
             there.close()
             self.orders.append(here)
@@ -373,16 +427,21 @@ class _Crew:
             for worker in self.orders: worker.recv()
         except BaseException as e:
             self.dismiss()
-            if isinstance(e, (EOFError, OSError)): raise RuntimeError("a process of the solver was killed, perhaps for want of memory: pass workers=1") from None
+            if isinstance(e, (EOFError, OSError)): raise RuntimeError(
+                "a process of the solver was killed, perhaps for want of memory: pass workers=1"
+            ) from None
             raise
         return self.flows.clone()
 
 # %% ../../nbs/physics/02_solver.ipynb #4a076b50
 @patch
 def _leg(self: Solver, flows: torch.Tensor, steps: int, dt: float) -> torch.Tensor:
-    "Coefficients (2, B, 2K+1, K+1), now and one step earlier, after `steps` steps; `flows` stays as it is."
+    """Coefficients (2, B, 2K+1, K+1), now and one step earlier, after `steps` steps; `flows` stays
+    as it is."""
     pieces = self.pieces
-    n = min(self.workers, len(pieces)) if sys.platform == "linux" and not current_process().daemon else 1
+    n = min(
+        self.workers, len(pieces)
+    ) if sys.platform == "linux" and not current_process().daemon else 1
     if n > 1:
         if self._crew is None or not self._crew.dismiss.alive: self._crew = _Crew(self, n)
         return self._crew(flows, steps, dt)
@@ -424,7 +483,9 @@ def run(
     "Yields (t, omega) every `t_save`; raises ValueError unless `t_total` is a whole number of them."
     frames = round(t_total / t_save) if t_save > 0 else 0
     if frames < 1 or abs(frames * t_save - t_total) > 1e-9 * t_total:
-        raise ValueError(f"t_total = {t_total:g} is not a whole number of intervals t_save = {t_save:g}")
+        raise ValueError(
+            f"t_total = {t_total:g} is not a whole number of intervals t_save = {t_save:g}"
+        )
     if self.scheme == "py2d": self.stepper.steps(t_save)
     return (self._frame(t_save) for _ in range(frames))
 
@@ -441,13 +502,14 @@ def simulate(
     t_total: float,  # How far
     t_save: float,  # Time between frames
     scheme: str = "exact",  # "exact" or "py2d"
-    dt: float | None = None,  # Longest step; default: `exact` chooses by itself, `py2d` takes regime.dt
+    dt: float | None = None,  # Longest step; None: `exact` chooses, `py2d` takes regime.dt
     state: dict[str, Any] | None = None,  # A `Solver.state` to go on from, in place of `omega0`
     time: float = 0.0,  # Time of `omega0`
     dtype: torch.dtype = torch.float64,  # Precision of the integration
     workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    "Yields (t, omega) with omega of `omega0`'s shape, first at `t_save`. Raises ValueError at once for bad input, `BlowUp` on the way."
+    """Yields (t, omega) with omega of `omega0`'s shape, first at `t_save`. Raises ValueError at
+    once for bad input, `BlowUp` on the way."""
     solver = Solver(regime, omega0, scheme, dt, time, dtype, workers)
     if state is not None: solver.load_state(state)
     return solver.run(t_total, t_save)
@@ -466,10 +528,15 @@ def load_state(
     state: dict[str, Any],  # From `Solver.state`
 ):
     "Go on from `state`. Raises ValueError if it belongs to another scheme, grid or batch."
-    if state["scheme"] != self.scheme: raise ValueError(f"the state is one of scheme '{state['scheme']}', not '{self.scheme}'")
+    if state["scheme"] != self.scheme: raise ValueError(
+        f"the state is one of scheme '{state['scheme']}', not '{self.scheme}'"
+    )
     there, here = state["omega_hat"], self.omega_hat
     if there.shape != here.shape or there.dtype != here.dtype:
-        raise ValueError(f"the state holds {tuple(there.shape)} {there.dtype} coefficients where the solver has {tuple(here.shape)} {here.dtype}")
+        raise ValueError(
+            f"the state holds {tuple(there.shape)} {there.dtype} coefficients where the solver has "
+            f"{tuple(here.shape)} {here.dtype}"
+        )
     self.time, self.omega_hat = state["time"], there.to(here.device, copy=True)
     self.previous_hat = state.get("previous_hat", there).to(here.device, copy=True)
 
@@ -485,15 +552,21 @@ def from_restart(
 ) -> "Solver":
     "A `py2d` solver that goes on from the restart state of a Py2D run."
     solver = cls(regime, np.fft.irfft2(omega1_hat), "py2d", time=time, **kwargs)
-    pack = lambda f_hat: solver.modes.pack(torch.as_tensor(f_hat) / regime.NX**2).reshape(solver.omega_hat.shape).to(solver.omega_hat)
+    pack = lambda f_hat: solver.modes.pack(torch.as_tensor(f_hat) / regime.NX**2).reshape(
+        solver.omega_hat.shape
+    ).to(solver.omega_hat)
     solver.omega_hat, solver.previous_hat = pack(omega1_hat), pack(omega0_hat)
     return solver
 
 
 @patch(as_prop=True)
 def restart_hats(self: Solver) -> tuple[np.ndarray, np.ndarray]:
-    "Omega0_hat and Omega1_hat of a Py2D restart state: `rfft2` (…, NX, NX//2+1), one step before and now."
-    return tuple((self.modes.unpack(h) * self.modes.NX**2).reshape(*self.shape[:-1], -1).cpu().numpy() for h in (self.previous_hat, self.omega_hat))
+    """Omega0_hat and Omega1_hat of a Py2D restart state: `rfft2` (…, NX, NX//2+1), one step before
+    and now."""
+    return tuple(
+        (self.modes.unpack(h) * self.modes.NX**2).reshape(*self.shape[:-1], -1).cpu().numpy()
+        for h in (self.previous_hat, self.omega_hat)
+    )
 
 # %% ../../nbs/physics/02_solver.ipynb #2ff0d2f5
 def random_vorticity(
@@ -505,7 +578,9 @@ def random_vorticity(
 ) -> torch.Tensor:
     "Random initial vorticity (n, NX, NX), float64."
     m, K = _modes(NX, "cpu", torch.float64), math.ceil(4 * peak)
-    draws = np.stack([np.random.default_rng([seed, i]).standard_normal((2, 2 * K + 1, K + 1)) for i in range(n)])
+    draws = np.stack(
+        [np.random.default_rng([seed, i]).standard_normal((2, 2 * K + 1, K + 1)) for i in range(n)]
+    )
     kept = min(K, m.K)
     block = torch.zeros(n, *m.k2.shape, dtype=m.complex)
     drawn = torch.complex(*torch.as_tensor(draws).unbind(1))[:, K - kept:K + kept + 1, :kept + 1]

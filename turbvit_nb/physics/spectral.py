@@ -13,15 +13,20 @@ from fastcore.basics import patch
 
 # %% ../../nbs/physics/00_spectral.ipynb #39e30552
 class Grid:
-    "An `NX`×`NX` grid on $[0, 2π)^2$ in wavenumber space; all methods take real fields (…, `NX`, `NX`) and are batched over the leading axes."
+    """An `NX`×`NX` grid on $[0, 2π)^2$ in wavenumber space; all methods take real fields (…, `NX`,
+    `NX`) and are batched over the leading axes."""
     def __init__(
         self,
         NX: int,  # Points per side, even
         device: str | torch.device = "cpu",  # Where its tensors live
         dtype: torch.dtype = torch.float64,  # float32 or float64
     ):
-        if NX < 4 or NX % 2: raise ValueError(f"a grid needs an even number of points per side, 4 or more, not NX={NX}")
-        if dtype not in (torch.float32, torch.float64): raise ValueError(f"a grid works in float32 or float64, not {dtype}: cast the field first")
+        if NX < 4 or NX % 2: raise ValueError(
+            f"a grid needs an even number of points per side, 4 or more, not NX={NX}"
+        )
+        if dtype not in (torch.float32, torch.float64): raise ValueError(
+            f"a grid works in float32 or float64, not {dtype}: cast the field first"
+        )
         self.NX, self.device, self.dtype = NX, torch.device(device), dtype
         like = dict(device=device, dtype=dtype)
         self.x = torch.arange(NX, **like)[:, None] * (2 * torch.pi / NX)
@@ -57,7 +62,9 @@ def of(
     f: torch.Tensor,  # A field, real (…, N, N)
 ) -> Grid:
     "The cached grid that has the size, device and dtype of the field `f`."
-    if f.ndim < 2 or f.shape[-1] != f.shape[-2]: raise ValueError(f"a field is square in its last two axes, not of shape {tuple(f.shape)}")
+    if f.ndim < 2 or f.shape[-1] != f.shape[-2]: raise ValueError(
+        f"a field is square in its last two axes, not of shape {tuple(f.shape)}"
+    )
     return grid(f.shape[-1], f.device, f.dtype)
 
 # %% ../../nbs/physics/00_spectral.ipynb #7b5dc3f3
@@ -107,7 +114,9 @@ def _in_pieces(
     "Apply `function` to all items of `f`, on a CPU a few at a time."
     if f.is_cuda or f.numel() <= points: return function(f)
     items, shape = f.reshape(-1, *f.shape[-axes:]), f.shape[:-axes]
-    result = torch.cat([function(piece) for piece in items.split(max(1, points // items[0].numel()))])
+    result = torch.cat(
+        [function(piece) for piece in items.split(max(1, points // items[0].numel()))]
+    )
     return result.reshape(*shape, *result.shape[1:])
 
 # %% ../../nbs/physics/00_spectral.ipynb #babe5783
@@ -121,13 +130,19 @@ def _kept(self: Grid, name: str, make) -> torch.Tensor:
 @patch(as_prop=True)
 def _from_vorticity(self: Grid) -> torch.Tensor:
     "What turns ω̂ into (û, v̂): (2, N, N//2+1), complex."
-    return _kept(self, "_uv", lambda: 1j * torch.stack([self.ky * self.inverse_k2, -self.kx * self.inverse_k2]))
+    return _kept(
+        self,
+        "_uv",
+        lambda: 1j * torch.stack([self.ky * self.inverse_k2, -self.kx * self.inverse_k2]),
+    )
 
 
 @patch(as_prop=True)
 def _to_vorticity(self: Grid) -> torch.Tensor:
     "What, summed against (û, v̂), gives ω̂: (2, N, N//2+1), complex."
-    return _kept(self, "_w", lambda: 1j * torch.stack([-self.ky * self.inside, self.kx * self.inside]))
+    return _kept(
+        self, "_w", lambda: 1j * torch.stack([-self.ky * self.inside, self.kx * self.inside])
+    )
 
 # %% ../../nbs/physics/00_spectral.ipynb #8d12b873
 @patch
@@ -135,7 +150,8 @@ def velocity(
     self: Grid,
     omega: torch.Tensor,  # Vorticity (…, N, N)
 ) -> torch.Tensor:
-    "The velocity (…, 2, N, N), u then v, of zero mean and without divergence whose vorticity is `omega` (less its mean and its Nyquist modes)."
+    """The velocity (…, 2, N, N), u then v, of zero mean and without divergence whose vorticity is
+    `omega` (less its mean and its Nyquist modes)."""
     convert = lambda w: self.inverse(self.transform(w).unsqueeze(-3) * self._from_vorticity)
     return _in_pieces(convert, omega, 2)
 
@@ -175,8 +191,11 @@ def project(
     uv: torch.Tensor,  # Velocity (…, 2, N, N)
     cutoff: float | None = None,  # Keep the modes with |k| ≤ cutoff; default: all
 ) -> torch.Tensor:
-    "The divergence-free field of zero mean (…, 2, N, N) nearest to `uv` (Leray's projection); Nyquist modes are dropped."
-    keep = self._from_vorticity if cutoff is None else _kept(self, f"_below_{cutoff}", lambda: self._from_vorticity * (self.k2 <= cutoff**2))
+    """The divergence-free field of zero mean (…, 2, N, N) nearest to `uv` (Leray's projection);
+    Nyquist modes are dropped."""
+    keep = self._from_vorticity if cutoff is None else _kept(
+        self, f"_below_{cutoff}", lambda: self._from_vorticity * (self.k2 <= cutoff**2)
+    )
     def leray(w):
         omega_hat = (self.transform(w) * self._to_vorticity).sum(-3, keepdim=True)
         return self.inverse(omega_hat * keep)
@@ -204,7 +223,8 @@ def spectrum(
     self: Grid,
     f: torch.Tensor,  # Real field (…, N, N)
 ) -> torch.Tensor:
-    "Power of `f` per shell (…, n_shells), shell j holding the modes with round(|k|) = j; the sum over shells is ⟨f²⟩."
+    """Power of `f` per shell (…, n_shells), shell j holding the modes with round(|k|) = j; the sum
+    over shells is ⟨f²⟩."""
     power, shells = self.power(f).flatten(-2), self.shells.flatten()
     return power.new_zeros(*f.shape[:-2], int(shells.max()) + 1).index_add(-1, shells, power)
 
