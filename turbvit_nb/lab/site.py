@@ -6,10 +6,10 @@
 __all__ = ['WIDE', 'BOUNDS', 'KEPT', 'opening_apart', 'link_names', 'is_picture', 'say_alt', 'keep_html', 'as_ours',
            'whole_intervals', 'field_comments', 'type_text', 'bounds', 'keys_table', 'default_text', 'parents',
            'show_keys', 'code_place', 'exported_to', 'Pages', 'Reports', 'write_page', 'tidy', 'run_part',
-           'without_smoke', 'heading', 'run_reports', 'made_at', 'trimmed', 'publish', 'without_progress', 'fold',
-           'write_report', 'stage_table', 'run_media', 'verdicts', 'as_output', 'run_page', 'write_results', 'fill_in',
-           'list_results', 'heading_id', 'anchors', 'page_name', 'site_files', 'site_pages', 'way', 'mend_links',
-           'link_files', 'write_library', 'build']
+           'without_smoke', 'heading', 'run_reports', 'made_at', 'trimmed', 'publish', 'without_progress',
+           'without_films', 'fold', 'write_report', 'stage_table', 'run_media', 'verdicts', 'as_output', 'run_page',
+           'write_results', 'fill_in', 'list_results', 'heading_id', 'anchors', 'page_name', 'site_files', 'site_pages',
+           'way', 'mend_links', 'link_files', 'write_library', 'build']
 
 # %% ../../nbs/lab/12_site.ipynb #2bf349ca
 import ast
@@ -200,6 +200,7 @@ def show_keys(nb: NotebookNode, module: str) -> None:
         head = re.split(r"^```python", "".join(data["text/markdown"]), maxsplit=1, flags=re.M)[0]
         more = "".join(f"\n\nIt has the keys of `{base.__name__}` as well." for base in parents(found)[:1])
         keys = _as_markdown(keys_table(found))
+        data.pop("text/plain", None)
         data["text/markdown"] = f"{head}\n\n*{inspect.getdoc(found)}*{more}\n\n{keys}\n"
 
 
@@ -380,6 +381,19 @@ def without_progress(cells: Iterable[NotebookNode]) -> list[NotebookNode]:
     return list(cells)
 
 
+def without_films(cells: Iterable[NotebookNode], folder: Path, run: str) -> list[NotebookNode]:
+    "The cells with a word in place of every moving picture that is not in the folder of the run."
+    def told(match: re.Match) -> str:
+        gone = not (folder / match[1]).exists()
+        return f"The film is not kept here: `turbvit gif runs/{run}` makes it from the rollouts." if gone else match[0]
+
+    for output in (output for cell in cells for output in cell.get("outputs", [])):
+        if "text/markdown" in output.get("data", {}):
+            text = "".join(output.data["text/markdown"])
+            output.data["text/markdown"] = re.sub(r"!\[[^\]]*\]\(([\w.-]+\.(?:gif|mp4))\)", told, text)
+    return list(cells)
+
+
 def fold(page: Path) -> None:
     "Have the code of a processed page folded, in place: of a report one wants to see the figures."
     nb = nbformat.read(page, as_version=4)
@@ -402,7 +416,8 @@ def write_report(
     about = f"Report of the run [{run}](index.ipynb){when}. The code behind it and its reasons: {reasons}."
     cells = [nbformat.v4.new_markdown_cell(text) for text in (f"# {run}: {title}\n\n> {summary or title}", about)]
     own = [cell for cell in run_part(nb) if cell.metadata.get("tags") != ["about"]]
-    page = nbformat.v4.new_notebook(cells=cells + without_progress(own), metadata=nb.metadata)
+    cells += without_films(without_progress(own), report.parent, run)
+    page = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(page, target)
     write_page(target, target, Reports())
