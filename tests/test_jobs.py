@@ -1,4 +1,6 @@
 """Whole jobs through the command line: what is refused and how, what is left after a kill, that a resumed run ends with the same bits."""
+import ast
+import builtins
 import json
 import os
 import pty
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from types import ModuleType
@@ -153,6 +156,27 @@ def test_every_chapter_can_be_run_by_papermill():
         assert nbformat.read(chapter.path, 4).metadata["kernelspec"]["name"] == "python3", f"{chapter.path} names no kernel"
 
 
+def names(cells, kind) -> set[str]:
+    "The names that cells of code read (ast.Load) or bind (ast.Store), imports and definitions among the latter."
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell.source))]
+    plain = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
+    if kind is ast.Load:
+        return plain
+    imported = {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    return plain | imported | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))} \
+        | {node.arg for node in nodes if isinstance(node, ast.arg)}
+
+
+@pytest.mark.parametrize("chapter", [c for c in chapters() if c.name[:2] >= "02"], ids=lambda c: c.name)
+def test_run_of_a_chapter_does_not_lean_on_its_lessons(chapter):
+    "So that `--no-lessons` may leave them out: what the section Run reads is bound in it, exported, imported or defined."
+    nb = nbformat.read(chapter.path, 4)
+    run, left_out = jobs.run_heading(nb), jobs.lessons(nb)
+    code = [(i, cell) for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and i not in left_out]
+    there = names([cell for _, cell in code], ast.Store) | set(dir(builtins))
+    assert left_out and names([cell for i, cell in code if i > run], ast.Load) <= there
+
+
 # ------------------------------------------------------------------------------------------------- mistakes, refused before any kernel
 MISTAKES = {
     "unknown key": (["training.epoch=3"], ["training.epoch is not a key; did you mean training.epochs?"]),
@@ -206,7 +230,9 @@ def test_disk_that_cannot_be_written_is_one_line(place, monkeypatch, number, wor
         raise OSError(number, os.strerror(number), str(place / "runs"))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    one_line(turbvit("run", place / "02_train.ipynb", config(place, "mistake")), words, str(place / "runs"))
+    result = turbvit("run", place / "02_train.ipynb", config(place, "mistake"))
+    last = result.output.strip().splitlines()[-1]
+    assert result.exit_code == 1 and last.startswith(f"error: {words} {place / 'runs'}") and "Traceback" not in result.output
     assert not (place / "runs" / "mistake").exists()
     monkeypatch.setitem(sys.modules, "turbvit_nb.explore", fake := ModuleType("explore"))
     fake.explore = refuse
@@ -391,9 +417,9 @@ def test_job_that_ran_out_of_time_says_so_with_75(place):
     assert stages(place / "runs/late")["train"]["state"] == "stopped"
 
 
-def test_job_killed_in_its_lesson_is_begun_again(place, straight):
+def test_job_killed_in_its_lesson_is_begun_again(place, straight, monkeypatch):
     "Its run was not opened yet: nothing but the hidden notebook tells of it."
-    lesson = "import time\nprint('asleep', flush=True)\ntime.sleep(60 * (not __import__('pathlib').Path('awake').exists()))"
+    lesson = f"import time\nfrom pathlib import Path\ntime.sleep(60 * (not Path({str(place / 'awake')!r}).exists()))"
     cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
              nbformat.v4.new_code_cell(lesson), nbformat.v4.new_markdown_cell("## Run"),
              nbformat.v4.new_code_cell("from turbvit_nb.lab.runs import open_run\nopen_run(config, 'essay', overrides).finish(seed=3)")]
@@ -407,12 +433,9 @@ def test_job_killed_in_its_lesson_is_begun_again(place, straight):
     job.wait()
     assert re.search(r"essay\s+killed", turbvit("status", run).output)
     (place / "awake").touch()
-    jobs.find_chapter.__globals__["nbs_dir"], before = (lambda: place), jobs.nbs_dir
-    try:
-        assert jobs.next_stage(run) == "essay" and jobs.unopened(run)["essay"]["overrides"] == ["device=cpu"]
-        result = turbvit("resume", run)
-    finally:
-        jobs.find_chapter.__globals__["nbs_dir"] = before
+    monkeypatch.setattr(jobs, "nbs_dir", lambda: place)
+    assert jobs.next_stage(run) == "essay" and jobs.unopened(run)["essay"]["overrides"] == ["device=cpu"]
+    result = turbvit("resume", run)
     assert result.exit_code == 0 and stages(run)["essay"]["state"] == "done", result.output
 
 
@@ -420,7 +443,7 @@ def test_all_stages_of_a_config(place, monkeypatch):
     "In order; what is done is kept; a stage that is made again makes later ones again; the first failure ends it."
     monkeypatch.setattr(jobs, "nbs_dir", lambda: place)
     toml, run = config(place, "whole", epochs=2), place / "runs" / "whole"
-    result = turbvit("run", "all", toml, "--no-lessons")
+    result = turbvit("run", "all", toml)
     assert result.exit_code == 0, result.output
     assert [stages(run)[name]["state"] for name in ("train", "inference")] == ["done", "done"]
     assert result.output.index("02_train in") < result.output.index("04_inference in")
@@ -432,7 +455,7 @@ def test_all_stages_of_a_config(place, monkeypatch):
     status["stages"]["train"]["changed"] = "2999-01-01T00:00:00.000+00:00"
     file.write_text(json.dumps(status))
     assert "done, but train was made again since" in turbvit("status", run).output
-    result = turbvit("run", "all", toml, "-s", "inference.n_starts=100")
+    result = turbvit("run", "all", toml, "-s", 'inference.checkpoints=["nope"]')
     assert result.exit_code == 1 and "04_inference" in result.output and "to do again: train is newer" in result.output
 
 
@@ -449,6 +472,7 @@ def test_terminal_gets_a_bar_and_a_pipe_gets_lines(place):
     assert job.returncode == 0 and re.search(r"^steps \d/9, ", out, re.M) and "\r" not in out
 
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
     words = [*PROGRAM, "run", str(place / "11_steps.ipynb"), str(config(place, "shown"))]
     job, said = subprocess.Popen(words, stdout=theirs, stderr=theirs, env=env), b""
     os.close(theirs)

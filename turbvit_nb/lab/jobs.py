@@ -230,9 +230,10 @@ class JobEngine(NBClientEngine):
             )
             client.signals, signals.client = signals, client
             client.skipped = set() if teach else lessons(nb_man.nb)
-            relayed = {"TURBVIT_PROGRESS": "relay"} if client.relay else {}
+            wish = os.environ.get("TURBVIT_PROGRESS") or ("relay" if client.relay else "")
+            own = {"TURBVIT_PROGRESS": wish} | (environment or {})
             try:
-                client.execute(stderr=stderr, env=relayed | dict(os.environ) | (environment or {}))
+                client.execute(stderr=stderr, env=dict(os.environ) | own)
             finally:
                 if client.relay:
                     client.relay.close()
@@ -438,6 +439,9 @@ def html_copy(
     return target
 
 # %% ../../nbs/lab/08_jobs.ipynb #28695dfd
+JOB_LOCK = ".job"
+
+
 @dataclass(frozen=True)
 class Job:
     "A chapter that is ready to run for a run. Make it with `plan_job`."
@@ -469,14 +473,11 @@ def plan_job(
     if folder is None:
         remedy = "add one, or give --set output_dir=runs/name"
         raise LabError(f"{config} names no output_dir, so there is no folder for the report; {remedy}")
-    if folder.exists():
-        Lock(folder).release()
+    for name in (".lock", JOB_LOCK) if folder.exists() else ():
+        Lock(folder, name=name).release()  # or say who holds it
     return Job(chapter, folder, settings, parameters, teach)
 
 # %% ../../nbs/lab/08_jobs.ipynb #4cfb8a95
-JOB_LOCK = ".job"
-
-
 @patch
 def run(self: Job) -> Report:  # of the finished stage
     "Execute the chapter and keep the report in the run folder. Raises `JobError`, which has an exit code."
