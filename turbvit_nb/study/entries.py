@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGETED', 'HEADLINE', 'REACHES', 'CompareConfig', 'compare_settings', 'compared_folders', 'Entry', 'result_identity',
-           'cost', 'gather', 'synthetic_entry', 'synthetic_climate', 'study_step', 'step_at', 'series', 'climate_bias',
-           'drift_words', 'row', 'climate_columns']
+           'cost', 'gather', 'entries_of', 'synthetic_entry', 'synthetic_climate', 'study_step', 'step_at', 'series',
+           'climate_bias', 'drift_words', 'row', 'climate_columns']
 
 # %% ../../nbs/study/00_entries.ipynb #66af2e5f
 import math
@@ -128,7 +128,7 @@ def gather(
     "All analysed checkpoints of the runs, run by run in order, and a list of what is missing."
     entries, missing, lacks = [], [], {}
     for run, folder in folders.items():
-        found, said = _entries_of(run, folder)
+        found, said = entries_of(run, folder)
         entries, missing = entries + found, missing + said
         for entry in found:
             for what in _lacking(entry, folder):
@@ -139,7 +139,7 @@ def gather(
     return entries, missing + [f"no {what} of {', '.join(names)}" for what, names in lacks.items()]
 
 # %% ../../nbs/study/00_entries.ipynb #bf10725a
-def _entries_of(run: str, folder: Path) -> tuple[list[Entry], list[str]]:
+def entries_of(run: str, folder: Path) -> tuple[list[Entry], list[str]]:
     "The entries of one run, without their cost, and what it lacks as a whole."
     scores, climates, missing = read_short(folder), read_long(folder), []
     if any("block" not in data.sizes for data in climates.values()):
