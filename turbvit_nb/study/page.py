@@ -43,7 +43,7 @@ from ..lab.plots import DIVERGING, looks
 from .shown import SCORES, shared_truth
 
 # %% ../../nbs/study/07_page.ipynb #d0836765
-from ..short_analysis import UNITS
+from ..forecast.scores import UNITS
 
 # %% ../../nbs/study/07_page.ipynb #5097a5cc
 PALETTE = [to_hex(colour) for colour in DIVERGING(np.linspace(0, 1, 255))]

@@ -24,7 +24,8 @@ from turbvit_nb.study.entries import (
 from .scorecard import horizon_text, percent
 
 # %% ../../nbs/study/04_tables.ipynb #aeb71125
-from ..short_analysis import LABELS, curve, forecasts_in
+from ..forecast.reading import curve, forecasts_in
+from ..forecast.scores import LABELS
 
 # %% ../../nbs/study/04_tables.ipynb #1e799035
 def unbroken(rows: Sequence[Mapping], caption: str = "") -> Table:

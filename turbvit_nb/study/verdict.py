@@ -28,7 +28,7 @@ from .entries import BUDGETED, HEADLINE, REACHES, Entry, climate_bias, drift_wor
 from .scorecard import behind, farthest, horizon_text, percent, ratio_to_chance
 
 # %% ../../nbs/study/03_verdict.ipynb #f9725a82
-from ..short_analysis import horizons
+from ..forecast.reading import horizons
 
 # %% ../../nbs/study/03_verdict.ipynb #88cad3ce
 SIGNS = {"worse": "▼", "better": "▲", "mixed": "▼▲", "none": "=", "unknown": "?"}
