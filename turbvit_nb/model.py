@@ -102,6 +102,9 @@ class ModelConfig(EmulatorConfig):
             raise LabError(f"{where}.{unknown[0]} is not a key{near}")
         super()._fill({key: value for key, value in keys.items() if key in own}, where)
 
+    def __reduce__(self):  # its class has no name of its own to be found by
+        return ModelConfig.parse, (self.model_dump(exclude_unset=True), "model")
+
     def check(self, config: Config, name: str) -> None:
         "Raise `LabError` unless the checkpoint that a config starts from holds this model."
         check_start(config, self)

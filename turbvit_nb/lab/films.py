@@ -135,8 +135,8 @@ def _write_mp4(
 _TRIES = {  # suffix: (scale, colours of the map, one picture of so many, crf)
     ".gif": (
         *((scale, 239, 1, 0) for scale in (1, 5 / 6, 2 / 3, 1 / 2)),
-        *((1 / 2, colours, 2, 0) for colours in (239, 127)),
-        *((1 / 3, 239, 2, 0), (1 / 3, 127, 3, 0), (1 / 3, 127, 4, 0), (1 / 3, 127, 6, 0)),
+        *((scale, 239, 2, 0) for scale in (2 / 3, 1 / 2)),
+        *((1 / 2, 239, 3, 0), (1 / 3, 239, 2, 0), (1 / 3, 239, 3, 0), (1 / 3, 127, 4, 0), (1 / 3, 127, 6, 0)),
     ),
     ".mp4": (
         *((1, 239, 1, crf) for crf in (18, 24, 30)),
