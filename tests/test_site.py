@@ -160,7 +160,7 @@ def test_pictures_speak(tmp_path):
 
 def test_a_section_shows_its_keys(tmp_path):
     "The page of a chapter has a table of the keys of its section: name, type, default and the comment beside it."
-    from turbvit_nb.lab.site import keys_table, write_page
+    from turbvit_nb.lab.pages import keys_table, write_page
     from turbvit_nb.prune import PruningConfig
 
     keys = {row["key"]: row for row in keys_table(PruningConfig).rows}

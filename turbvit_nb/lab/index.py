@@ -30,12 +30,16 @@ def find_runs(
 
 # %% ../../nbs/lab/07_index.ipynb #97762dec
 def flow(config: Mapping) -> str:
-    "The flow of a run in words, e.g. `Re 1000, β 20`; the folder of the data where its name says nothing."
+    "The flow of a run in words, `Re 1000, β 20`, or the folder of its data."
     if "Re" in config.get("generate", {}):
         made = config["generate"]
         return f"Re {made['Re']:g}, β {made.get('beta', 0):g}"
     sections = [config[name] for name in ("train_dataset", "test_dataset", "dataset") if name in config]
-    folders = [path for section in sections for path in [section.get("data_dir"), *section.get("data_dirs", [])]]
+    folders = [
+        path
+        for section in sections
+        for path in [section.get("data_dir"), *section.get("data_dirs", [])]
+    ]
     folders = [path for path in folders if path]
     named = [re.search(r"Re(\d+)_fkx[\d.]+fky[\d.]+_r[\d.e-]+_b([\d.e-]+)", path) for path in folders]
     told = sorted({f"Re {match[1]}, β {float(match[2]):g}" for match in named if match})
@@ -63,17 +67,27 @@ def run_facts(folder: Path) -> dict[str, object]:
     model = config.get("model", {})
     size = model.get("img_size") or config.get("generate", {}).get("NX")
     ended = max((entry.get("ended", entry["started"]) for entry in entries.values()), default="")
-    facts = {"model": model.get("model_type", ""), "flow": flow(config), "grid": f"{size}²" if size else ""}
-    return facts | {"seed": config.get("seed", 0), "date": ended[:10], "state": trouble or run_state(entries)}
+    facts = {
+        "model": model.get("model_type", ""),
+        "flow": flow(config),
+        "grid": f"{size}²" if size else "",
+    }
+    return facts | {
+        "seed": config.get("seed", 0),
+        "date": ended[:10],
+        "state": trouble or run_state(entries),
+    }
 
 # %% ../../nbs/lab/07_index.ipynb #20b808a2
 def spent(
     folder: Path,  # of a run
     stage: str,
 ) -> float | None:
-    "The seconds that a stage spent training by its own log, over all its fits; None where it logged none."
+    "The seconds that a stage spent training by its log, over all its fits; None without any."
     logged = read_metrics(folder, stage=stage)
-    fits = {line.get("fit"): line["seconds"] for line in logged if "seconds" in line}  # the last line of each
+    fits = {
+        line.get("fit"): line["seconds"] for line in logged if "seconds" in line
+    }  # the last line of each
     return sum(fits.values()) if fits else None
 
 
@@ -82,7 +96,9 @@ def in_words(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     hours, minutes, left = (n := round(seconds)) // 3600, n // 60 % 60, n % 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
+    )
 
 # %% ../../nbs/lab/07_index.ipynb #b3dbe0ac
 @dataclass(frozen=True)
@@ -116,7 +132,9 @@ def run_rows(
             if isinstance(numbers, dict) and entry["state"] == "done":
                 found = {(stage, key): value for key, value in numbers.items()}
                 scores.setdefault(checkpoint, {}).update(found)
-    rows = [Row(name, point, identity_in(folder, point), facts, found) for point, found in scores.items()]
+    rows = [
+        Row(name, point, identity_in(folder, point), facts, found) for point, found in scores.items()
+    ]
     return rows or [Row(name, "", None, facts)]
 
 # %% ../../nbs/lab/07_index.ipynb #70955a21
@@ -133,18 +151,29 @@ def _td(value: object, text: str | None = None) -> str:
     key = _sort_key(value)
     number = isinstance(key, (int, float)) and not isinstance(key, bool)
     kind = "number" if number else "text"
-    return f'<td class="{kind}" data-key="{html.escape(str(key))}">{plain if text is None else text}</td>'
+    return (
+        f'<td class="{kind}" data-key="{html.escape(str(key))}">{plain if text is None else text}</td>'
+    )
 
 
 def _score(scores: Mapping[tuple[str, str], object], stage: str, name: str) -> str:
     "The cell of a score, with its interval where there is one."
     value, low, high = (scores.get((stage, name + end)) for end in ("", "_low", "_high"))
-    return _td(value) if low is None or high is None else _td(value, html.escape(interval_text(value, low, high)))
+    return (
+        _td(value)
+        if low is None or high is None
+        else _td(value, html.escape(interval_text(value, low, high)))
+    )
 
 # %% ../../nbs/lab/07_index.ipynb #af7ca9e1
 def score_columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    "The scores that have a column, grouped by stage, in the order met; the ends of intervals have none."
-    plain = {key: None for row in rows for key, value in row.scores.items() if not isinstance(value, (dict, list))}
+    "The scores that have a column, grouped by stage, in the order met, without interval ends."
+    plain = {
+        key: None
+        for row in rows
+        for key, value in row.scores.items()
+        if not isinstance(value, (dict, list))
+    }
     ends = {(stage, f"{name}_{side}") for stage, name in plain for side in ("low", "high")}
     order = list(dict.fromkeys(stage for stage, _ in plain))
     return sorted((key for key in plain if key not in ends), key=lambda key: order.index(key[0]))
@@ -201,11 +230,13 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, str]]:
     ours = [("", name) for name in ("run", "checkpoint", "weights (%)", *facts[:2])]
     return ours + score_columns(rows) + [("run", name) for name in facts[2:]]
 
-
+# %% ../../nbs/lab/07_index.ipynb #b8eb5571
 def _heads(columns: Sequence[tuple[str, str]]) -> str:
     "The two rows of heads: groups, then columns."
     plain = lambda name: html.escape(name.replace("_", " "))
-    groups = [(group, len(list(found))) for group, found in groupby(columns, key=lambda column: column[0])]
+    groups = [
+        (group, len(list(found))) for group, found in groupby(columns, key=lambda column: column[0])
+    ]
     top = "".join(f'<th colspan="{n}">{plain(group)}</th>' for group, n in groups)
     button = '<th scope="col"><button type="button" data-column="{}">{}</button></th>'
     below = "".join(button.format(i, plain(name)) for i, (_, name) in enumerate(columns))
@@ -216,9 +247,16 @@ def _tr(row: Row, columns: Sequence[tuple[str, str]], base: str) -> str:
     "One row of the body; the run is a link to its page."
     link = f'<a href="{html.escape(f"{base}runs/{row.run}/index.html")}">{html.escape(row.run)}</a>'
     remaining = None if row.identity is None else row.identity.remaining
-    known = {"run": _td(row.run, link), "checkpoint": _td(row.checkpoint), "weights (%)": _td(remaining)}
+    known = {
+        "run": _td(row.run, link),
+        "checkpoint": _td(row.checkpoint),
+        "weights (%)": _td(remaining),
+    }
     known |= {name: _td(value) for name, value in row.facts.items()}
-    cells = (known[name] if group in ("", "run") else _score(row.scores, group, name) for group, name in columns)
+    cells = (
+        known[name] if group in ("", "run") else _score(row.scores, group, name)
+        for group, name in columns
+    )
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -245,14 +283,14 @@ def runs_table(
     words = '<input type="search" placeholder="words to filter by" aria-label="filter"/>'
     controls = f'<div class="runs-controls">{words}{menus}<span class="runs-count"></span></div>'
     body = "\n".join(_tr(row, columns, base) for row in rows)
-    head = f'<thead>{_heads(columns)}</thead>'
+    head = f"<thead>{_heads(columns)}</thead>"
     table = f'<table data-quarto-disable-processing="true">{head}<tbody>\n{body}\n</tbody></table>'
     scrolled = f'<div class="runs-scroll">{table}</div>'
     return f'<div class="runs"><style>{TABLE_STYLE}</style>{controls}{scrolled}<script>{SORT}</script></div>'
 
 # %% ../../nbs/lab/07_index.ipynb #ba3fb754
 def mark(value: float, low: float | None, high: float | None) -> str:
-    "Whether chance explains a deviation: `ok`, `beyond`, `far` beyond, or `unknown` without an interval."
+    "Whether chance explains a deviation: `ok`, `beyond`, `far`; `unknown` without an interval."
     if low is None or high is None or not all(abs(v) < float("inf") for v in (value, low, high)):
         return "unknown"
     if low <= 0 <= high:
@@ -296,7 +334,10 @@ def scorecard_rows(
     rows = comparison["rows"]
     longest = max((row["horizon"] for row in rows if row.get("horizon") is not None), default=0.0)
     biases = lambda row: [_bias_cell(row, name) for name in ("energy", "enstrophy")]
-    return [{"model": row["label"], "cells": [_horizon_cell(row, longest), *biases(row), _jets_cell(row)]} for row in rows]
+    return [
+        {"model": row["label"], "cells": [_horizon_cell(row, longest), *biases(row), _jets_cell(row)]}
+        for row in rows
+    ]
 
 
 def read_scorecard(

@@ -44,7 +44,7 @@ def _in_order(label: str) -> tuple:
     parts = re.findall(r"\d+\.?\d*|\D+", label)
     return tuple((float(part), "") if part[0].isdigit() else (math.inf, part) for part in parts)
 
-
+# %% ../../nbs/lab/09_plots.ipynb #1f546d89
 def _places(labels: Sequence[str]) -> dict[str, int]:
     "The place of every label among the colours, whatever order they come in."
     others, places = sorted(set(labels) - set(FIXED), key=_in_order), {}
@@ -94,7 +94,7 @@ def _oklab_to_srgb(
     bright = 1.055 * np.abs(linear) ** (1 / 2.4) - 0.055
     return np.where(linear <= 0.0031308, 12.92 * linear, bright)
 
-
+# %% ../../nbs/lab/09_plots.ipynb #3ff305e5
 def _diverging(n: int = 255) -> np.ndarray:
     "(n, 3) sRGB of the diverging map: blue, white, brown; lightness falls linearly from the centre."
     t = np.linspace(-1, 1, n)
@@ -153,7 +153,9 @@ def show(
 # %% ../../nbs/lab/09_plots.ipynb #a342cce9
 def beside(*figures) -> hv.Layout:
     "Figures side by side, each with axes of its own, and one legend outside for all that can share it."
-    outside = [i for i, figure in enumerate(figures) if _options(figure).get("legend_position") == "right"]
+    outside = [
+        i for i, figure in enumerate(figures) if _options(figure).get("legend_position") == "right"
+    ]
     shown, shared = list(figures), len(outside) > 1 and _agree(figures[i] for i in outside)
     if shared:
         *others, last = outside
@@ -170,11 +172,13 @@ def _options(figure, kind: str = "plot") -> dict:
     "The options that a HoloViews object carries."
     return hv.Store.lookup_options("matplotlib", figure, kind).kwargs
 
-
+# %% ../../nbs/lab/09_plots.ipynb #952ef13a
 def _agree(figures: Iterable[hv.Overlay]) -> bool:
     "Whether no two names among the lines of the figures look alike."
     drawn = {}
-    for part in (part for figure in figures for part in figure if isinstance(part, hv.Curve) and part.label):
+    for part in (
+        part for figure in figures for part in figure if isinstance(part, hv.Curve) and part.label
+    ):
         look = tuple(_options(part, "style").get(key) for key in ("color", "linestyle"))
         drawn.setdefault(look, set()).add(part.label)
     return all(len(names) == 1 for names in drawn.values())
@@ -197,7 +201,11 @@ def drawn_over(figure: hv.Overlay, parts: Sequence) -> hv.Overlay:
     return hv.Overlay([*figure, *parts]).opts(**_options(figure))
 
 # %% ../../nbs/lab/09_plots.ipynb #baf979c6
-THRESHOLD = {"color": "#999999", "linewidth": 0.8, "linestyle": "--"}  # the look of a line to compare with
+THRESHOLD = {
+    "color": "#999999",
+    "linewidth": 0.8,
+    "linestyle": "--",
+}  # the look of a line to compare with
 
 
 def _marked(marks: Mapping[str, float], height: float) -> list:
@@ -215,7 +223,7 @@ def _shade(x, low, high, xlabel: str, ylabel: str, colour: str) -> hv.Area:
     band = hv.Area((x, np.asarray(low, float), np.asarray(high, float)), xlabel, ends)
     return band.opts(facecolor=colour, alpha=0.18, linewidth=0)
 
-
+# %% ../../nbs/lab/09_plots.ipynb #ee01e0a0
 def curves(
     lines: Mapping[str, tuple],  # name: (x, y)
     xlabel: str,  # with its unit
@@ -243,7 +251,7 @@ def curves(
 
 # %% ../../nbs/lab/09_plots.ipynb #83c605b3
 def _boxed(aspect: float):
-    "A HoloViews hook that gives the axes their shape on paper; `aspect` goes wrong on a logarithmic axis."
+    "A HoloViews hook for the shape of the axes; `aspect` goes wrong where one is logarithmic."
 
     def hook(plot, element) -> None:
         plot.handles["axis"].set_aspect("auto")
@@ -268,10 +276,12 @@ def spectra(
     patch: float | None = None,  # wavenumber of a patch, N / patch_size
     cutoff: float | None = None,  # the largest wavenumber that the models have
     floor: float = 1e-9,  # of the largest value; anything less is not drawn
-    bands: Mapping[str, tuple] = {},  # name: (low, high), each (shells,), a range about the line of that name
+    bands: Mapping[
+        str, tuple
+    ] = {},  # name: (low, high), each (shells,), a range about the line of that name
     **axes,
 ) -> hv.Overlay:
-    "Shell spectra on log-log axes, with the forcing, a patch and the largest wavenumber of the models marked."
+    "Shell spectra on log-log axes, with forcing, patch and the models' largest wavenumber."
     least = floor * max(float(np.nanmax(np.asarray(power, float)[1:])) for power in lines.values())
     cut = lambda power: np.where((shells := np.asarray(power, float)[1:]) > least, shells, np.nan)
     drawn = {name: (np.arange(1, len(power)), cut(power)) for name, power in lines.items()}
@@ -293,7 +303,7 @@ def _edges(rows: Mapping[str, tuple], *others: float | None) -> tuple[float, flo
 
 
 def _interval(place: int, row: tuple, colour: str, last: float) -> list:
-    "The parts of one row of a `forest`: a line cut at `last`, and a dot, or an arrow for what lies beyond."
+    "The parts of a row of a `forest`: a line, and a dot, or an arrow for what lies beyond."
     value, low, high = (min(float(v), last) for v in row)
     known, line = np.isfinite([low, high]).all(), hv.Path([[(low, place), (high, place)]])
     parts = [line.opts(color=colour, linewidth=2)] if known else []
@@ -328,8 +338,20 @@ def forest(
     left, right = _edges(rows, reference, last)
     parts.append(hv.Scatter([(left, 0.4), (right, many + 0.6)]).opts(alpha=0))
     aspect = 4 / (0.8 + 0.35 * many)
-    look = {"xlim": (left, right), "ylim": (0.4, many + 0.6), "yticks": ticks, "xlabel": xlabel, "ylabel": ""}
-    look |= {"title": title, "show_legend": False, "fig_inches": 4, "aspect": aspect, "hooks": [_boxed(aspect)]}
+    look = {
+        "xlim": (left, right),
+        "ylim": (0.4, many + 0.6),
+        "yticks": ticks,
+        "xlabel": xlabel,
+        "ylabel": "",
+    }
+    look |= {
+        "title": title,
+        "show_legend": False,
+        "fig_inches": 4,
+        "aspect": aspect,
+        "hooks": [_boxed(aspect)],
+    }
     return hv.Overlay(parts).opts(**(look | axes))
 
 # %% ../../nbs/lab/09_plots.ipynb #256d50d6
@@ -337,7 +359,7 @@ def shared_limit(
     fields: Sequence[np.ndarray],
     quantile: float = 0.995,  # of |field|
 ) -> float:
-    "The `quantile` of |field| over all finite points of `fields`; 1.0 where there is nothing to show."
+    "The `quantile` of |field| over all finite points of `fields`; 1.0 where there is none."
     values = np.concatenate([np.abs(np.asarray(field, float)).ravel() for field in fields])
     values = values[np.isfinite(values)]
     return float(np.quantile(values, quantile)) or 1.0 if len(values) else 1.0
@@ -404,7 +426,13 @@ def hovmoller(
     limit = limit or shared_limit([profiles])
     cells = (np.arange(profiles.shape[1]) + 0.5) * 2 * math.pi / profiles.shape[1]
     picture = hv.Image((times, cells, profiles.T), ["time", "y"], quantity)
-    defaults = {"cmap": DIVERGING, "clim": (-limit, limit), "aspect": 2.5, "fig_inches": 5, "colorbar": True}
+    defaults = {
+        "cmap": DIVERGING,
+        "clim": (-limit, limit),
+        "aspect": 2.5,
+        "fig_inches": 5,
+        "colorbar": True,
+    }
     defaults |= {"yticks": _PI_TICKS, "title": title, "interpolation": "nearest"}
     return picture.opts(**(defaults | options))
 
@@ -440,7 +468,7 @@ def interval_text(
     high: float,
     form: str = "",  # "+" writes the sign of a difference
 ) -> str:
-    "A number and its interval: 0.1372 [0.1298, 0.1451]; three digits without one; ? if it is not known."
+    "A number and its interval, 0.1372 [0.1298, 0.1451]; three digits without one; ? if unknown."
     if math.isnan(value):
         return "?"
     if not math.isfinite(low + high):
@@ -467,11 +495,16 @@ class Table:
     @property
     def cells(self) -> list[list[str]]:
         "The body as text, row by row."
-        return [[_cell(row.get(name), self.decimals.get(name)) for name in self.columns] for row in self.rows]
+        return [
+            [_cell(row.get(name), self.decimals.get(name)) for name in self.columns]
+            for row in self.rows
+        ]
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.columns, *self.cells)]
-        padded = lambda row: [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        padded = lambda row: [
+            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))
+        ]
         lines = ["  ".join(padded(row)).rstrip() for row in [self.columns, *self.cells]]
         return "\n".join(([self.caption] if self.caption else []) + lines)
 
@@ -494,10 +527,12 @@ def _td(text: str, tag: str, side: str) -> str:
     style = f"text-align: {side}" + ("" if sentence else "; white-space: nowrap")
     return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
 
-
+# %% ../../nbs/lab/09_plots.ipynb #584816bf
 def _html(table: Table) -> str:
     "An HTML table with right-aligned numbers."
-    tr = lambda row, tag: "".join(_td(text, tag, "right" if i else "left") for i, text in enumerate(row))
+    tr = lambda row, tag: "".join(
+        _td(text, tag, "right" if i else "left") for i, text in enumerate(row)
+    )
     caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
     head = f"<thead><tr>{tr(table.columns, 'th')}</tr></thead>"
     body = "\n".join(f"<tr>{tr(row, 'td')}</tr>" for row in table.cells)
@@ -521,7 +556,7 @@ def _scored(cell: Mapping) -> str:
     text = f'{html.escape(cell["text"])} <span role="img" aria-label="{meaning}" title="{meaning}">{sign}</span>'
     return f'<td style="background: {colour}; white-space: nowrap; text-align: right">{text}</td>'
 
-
+# %% ../../nbs/lab/09_plots.ipynb #1eb5b7a4
 def scorecard(
     rows: Sequence[Mapping],  # `model` and `cells`, each cell with what, mark (of `MARKS`) and text
     caption: str = "",
@@ -531,8 +566,12 @@ def scorecard(
     found = [(row["model"], {cell["what"]: cell for cell in row["cells"]}) for row in rows]
     none = {"mark": "unknown", "text": ""}
     name = '<th scope="row" style="text-align: left; white-space: nowrap">{}</th>'
-    tr = lambda model, cells: name.format(html.escape(model)) + "".join(_scored(cells.get(c, none)) for c in columns)
-    head = "".join(f'<th scope="col" style="text-align: right">{html.escape(c)}</th>' for c in ("", *columns))
+    tr = lambda model, cells: (
+        name.format(html.escape(model)) + "".join(_scored(cells.get(c, none)) for c in columns)
+    )
+    head = "".join(
+        f'<th scope="col" style="text-align: right">{html.escape(c)}</th>' for c in ("", *columns)
+    )
     body = "".join(f"<tr>{tr(model, cells)}</tr>" for model, cells in found)
     table = f"{_TABLE}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     key = '<span style="background: {1}">&nbsp;{0} {2}&nbsp;</span>'
