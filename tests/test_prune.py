@@ -308,6 +308,24 @@ def test_a_process_killed_while_finetuning(home, reference):
     same_end(folder, reference[0])
 
 
+def test_accumulated_gradients_stay_pruned_and_resume(home, monkeypatch):
+    "Stopped between two batches of one step of the optimizer, the third batch of four."
+    more, tune = dict(prune_schedule=[0.5], epoch_schedule=[2]), dict(accumulate=2, batch_size=16)
+    run, after_batch = start(home, "accumulated", more, tune), HoldMasks.after_batch
+    prune(run)
+    checkpoint = run.checkpoints / "prune1_remaining_50.0.tar"
+    assert zeros(load_emulator(checkpoint), Masks(read_checkpoint(checkpoint)["masks"]))
+    again = start(home, "accumulated_stopped", more, tune)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(HoldMasks, "after_batch", lambda self, learner: setattr(learner, "stop", "SIGTERM") if learner.step == 3 else None)
+        prune(again)
+    assert "gradients" in again.load("prune1_last") and HoldMasks.after_batch is after_batch
+    again.close()
+    prune(open_run(again.path, "prune"))
+    ours, theirs = (read_checkpoint(each / "checkpoints" / checkpoint.name)["model_state"] for each in (again.path, run.path))
+    assert equal(ours, theirs)
+
+
 def test_a_finished_job_can_be_called_again(reference):
     path, rows = reference
     run = open_run(path, "prune")

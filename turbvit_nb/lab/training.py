@@ -39,7 +39,7 @@ class LoopConfig(Section):
     clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast
-    compile: bool = False  # let torch.compile make kernels of the model's training step
+    compile: bool = False  # let torch.compile make kernels of what is trained
     validate_every: int = Field(1, ge=1)  # epochs
     checkpoint_period: int | None = Field(None, gt=0)  # epochs between checkpoints that are kept
     max_hours: float | None = Field(None, gt=0)  # stop in good order before the queue does
@@ -157,7 +157,7 @@ def fit(
     own += run_callbacks(run, state, identity, name, ("loss", *show, monitor), **store)
     precision = autocast_dtype(settings.precision, run.device) if autocast else None
     learner = Learner(
-        model, _compiled(model, losses) if settings.compile else losses, batches,
+        model, _compiled(weights or model, losses) if settings.compile else losses, batches,
         optimizer or build_optimizer(weights or model, settings), [*own, *callbacks], settings.epochs,
         run.device, precision, weights, settings.accumulate,
     )
@@ -166,10 +166,18 @@ def fit(
     return _completed(run, learner.fit())
 
 # %% ../../nbs/lab/05_training.ipynb #334648f3
-def _compiled(model: nn.Module, losses: Callable) -> Callable:
-    "The losses of a compiled twin of `model`."
-    twin = torch.compile(model)
-    return lambda model, batch: losses(twin, batch)
+def _compiled(part: nn.Module, losses: Callable) -> Callable:
+    "The losses, taken with the forward pass of `part` compiled."
+    forward = torch.compile(part.forward)
+
+    def compiled(model: nn.Module, batch: dict) -> Tensor:
+        part.forward = forward
+        try:
+            return losses(model, batch)
+        finally:
+            del part.forward
+
+    return compiled
 
 
 def _completed(run: Run, learner: Learner) -> Learner:
