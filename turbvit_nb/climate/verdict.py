@@ -125,8 +125,8 @@ def drift_table(climates: Mapping[str, xr.Dataset]) -> Table:
         row["enstrophy above 10 × the truth's"] = excess or "never"
         row["ends early"] = "; ".join(json.loads(data.attrs.get("ended_early", "[]"))) or "no"
         rows.append(row | {"records moved along y by": moved})
-    caption = "Is there a climate at all? Changes over a record in standard deviations "
-    return Table(rows, caption + "[99 % interval]; a drift is beyond its interval and beyond one")
+    caption = "Is there a climate at all? Changes over a record [99 % interval] in standard "
+    return Table(rows, caption + "deviations; a drift is one beyond its interval and beyond ± 1")
 
 # %% ../../nbs/climate/12_verdict.ipynb #07292124
 def _largest_term(data: xr.Dataset, name: str) -> float:
@@ -237,9 +237,10 @@ def record_answer(data: xr.Dataset, truth: xr.Dataset) -> Answer:
     wrong += [f"left out, so this is the climate of the others only: {what}" for what in left]
     if wrong:
         return "✗", "; ".join(wrong)
-    count, length = data.sizes.get("record", 1), duration(data) / data.sizes.get("record", 1)
-    whole = f"{count} record{'s' * (count != 1)} of {time_text(length, time_step(data))}"
-    return "✓", f"{whole} in time units, whole and finite"
+    count, step = data.sizes.get("record", 1), time_step(data)
+    length, plural = duration(data) / count, "s" * (count != 1)
+    frames = f"{length:.3g} time units ({round(length / step):,} steps)"
+    return "✓", f"{count} record{plural} of {frames}, whole and finite"
 
 
 def drift_answer(data: xr.Dataset, truth: xr.Dataset | None = None) -> Answer:
