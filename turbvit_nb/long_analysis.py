@@ -96,7 +96,7 @@ def _short_of_blocks(name: str, records: Sequence[Record], setting: Setting) -> 
     block, longest = setting.config.extreme_block, max(map(len, records)) * setting.step
     asked = setting.config.return_period or setting.config.return_period_anomaly
     if asked and 3 * block > longest + setting.step / 2:
-        needs = f"analysis.extreme_block = {block:g} time units needs three blocks to have two whole"
+        needs = f"analysis.extreme_block = {block:g} time units needs three blocks for two whole"
         return f"{needs}; the longest record of {name} has {longest:.3g}: no fit of block maxima"
 
 

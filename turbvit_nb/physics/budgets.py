@@ -25,7 +25,7 @@ def frame_terms(
     omega_hat: Tensor,  # (n, N, N//2+1) coefficients of vorticity, from `Grid.transform`
     uv: Tensor,  # (n, 2, N, N) velocity
 ) -> Tensor:
-    "What the budgets need of each frame, float64 (n, 5 + 2N): E, Z, P, −⟨ψf⟩, −⟨ωf⟩, U(y), mean of uv along x at each y."
+    "Of each frame, float64 (n, 5 + 2N): E, Z, P, −⟨ψf⟩, −⟨ωf⟩, U(y), mean of uv at each y."
     g, fkx, fky = grid(omega_hat.shape[-2], omega_hat.device), int(regime.fkx), int(regime.fky)
     power = omega_hat.real.double() ** 2 + omega_hat.imag.double() ** 2
     weights = g.weights / 2 * torch.stack([g.inverse_k2, torch.ones_like(g.k2), g.k2])
@@ -55,20 +55,23 @@ def right_hand_side(
     regime: Regime,
     q: Tensor,  # (n, 5 + 2N) from `frame_terms`, or means of them
 ) -> dict[str, Tensor]:
-    "Terms of each budget by name, as \"energy drag\": (n,) for energy (length²/time³) and enstrophy (1/time³), (n, N) for zonal momentum (length/time²)."
+    "Terms by name, as \"energy drag\": (n,) of energy and enstrophy, (n, N) of zonal momentum."
     N, alpha, nu = (q.shape[-1] - 5) // 2, regime.alpha, regime.nu
     E, Z, P, energy_forcing, enstrophy_forcing = q[:, :5].unbind(1)
-    U, flux, y = q[:, 5 : 5 + N], q[:, 5 + N :], 2 * math.pi / N * torch.arange(N, dtype=q.dtype, device=q.device)
+    U, flux = q[:, 5 : 5 + N], q[:, 5 + N :]
+    y = 2 * math.pi / N * torch.arange(N, dtype=q.dtype, device=q.device)
+    push = torch.sin(regime.fky * y).expand(len(q), N)
     values = {
         "energy": (-2 * alpha * E, -2 * nu * Z, energy_forcing),
         "enstrophy": (-2 * alpha * Z, -2 * nu * P, enstrophy_forcing),
-        "momentum": (-_zonal(flux, 1), nu * _zonal(U, 2), -alpha * _zonal(U), torch.sin(regime.fky * y).expand(len(q), N)),
+        "momentum": (-_zonal(flux, 1), nu * _zonal(U, 2), -alpha * _zonal(U), push),
     }
-    return {f"{budget} {term}": value for budget, terms in TERMS.items() for term, value in zip(terms, values[budget])}
+    named = lambda budget: (f"{budget} {term}" for term in TERMS[budget])
+    return {name: value for budget in TERMS for name, value in zip(named(budget), values[budget])}
 
 # %% ../../nbs/physics/07_budgets.ipynb #37bcdb6d
 class Budgets:
-    "Streaming budgets of energy, enstrophy and zonal momentum of frames of one regime, `step` apart in time; merges."
+    "Streaming budgets of energy, enstrophy and zonal momentum of frames of one regime; merges."
 
     def __init__(
         self,
@@ -77,14 +80,15 @@ class Budgets:
         block: int,  # frames per block of the intervals: many times the memory of the flow
     ):
         if not step > 0:
-            raise ValueError(f"Budgets: frames {step} apart have no rate of change; give the time between them")
+            rate = f"frames {step} apart have no rate of change"
+            raise ValueError(f"Budgets: {rate}; give the time between them")
         self.regime, self.step, self.pieces, self.means = regime, float(step), [], BlockMeans(block)
 
     def update(
         self,
         omega_hat: Tensor,  # (n, N, N//2+1) of frames in time order
         uv: Tensor,  # (n, 2, N, N)
-        first: int,  # number of the first; records are numbered with a gap of at least one between them
+        first: int,  # number of the first; between two records at least one is left out
     ) -> "Budgets":
         "Take in frames `first` … `first` + n − 1; returns itself."
         return self.take(frame_terms(self.regime, omega_hat, uv), first)
@@ -145,14 +149,15 @@ def merge(self: Budgets, other: Budgets) -> Budgets:
 
 @patch
 def result(self: Budgets, level: float = 0.95) -> dict[str, dict[str, Tensor]]:
-    "By name (\"energy drag\", …, and each budget's \"tendency\" and \"residual\"): `mean`, `low`, `high`, each () or, for momentum, (N,)."
+    "By name (\"energy drag\", …, \"energy residual\"): `mean`, `low`, `high`, () or (N,) each."
     found, out, place = self.means.result(level), {}, 0
     N = (len(found["mean"]) - 10) // 6
     for budget, names in TERMS.items():
         size = N if budget == "momentum" else 1
         for term in (*names, "tendency", "residual"):
             cut = slice(place, place + size) if size > 1 else place
-            out[f"{budget} {term}"], place = {end: found[end][cut] for end in ("mean", "low", "high")}, place + size
+            out[f"{budget} {term}"] = {end: found[end][cut] for end in ("mean", "low", "high")}
+            place += size
     return out
 
 # %% ../../nbs/physics/07_budgets.ipynb #d3a9b022
@@ -160,7 +165,7 @@ def shifted(
     values: Tensor,  # (…, N) of y
     distance: float,
 ) -> Tensor:
-    "The same moved along y by `distance`, (…, N), float64; exact for waves shorter than the grid's shortest."
+    "The same moved along y by `distance`, (…, N), float64; exact for all waves but the shortest."
     values = values.double()
     if not distance:
         return values
@@ -173,9 +178,9 @@ def symmetry_images(
     profile: Tensor,  # (…, N) of y
     fky: int,  # forcing wavenumber along y
     symmetry: str = "both",  # "shift", "reflection" or "both"
-    parity: int = 1,  # sign that the reflection gives: +1 for U, ⟨u²⟩, ⟨ω²⟩; −1 for the means of ω and uv
+    parity: int = 1,  # sign that the reflection gives: +1 for U, ⟨u²⟩, ⟨ω²⟩; −1 for ω and uv
 ) -> Tensor:
-    "All images (images, …, N) of a zonal profile under the symmetries of a flow forced at (0, fky); the first is the profile."
+    "All images (images, …, N) of a profile under the symmetries of a flow forced at (0, fky)."
     if symmetry not in ("shift", "reflection", "both"):
         raise ValueError(f"no symmetry is called '{symmetry}': choose shift, reflection or both")
     shifts = [2 * math.pi * s / fky for s in (range(fky) if symmetry != "reflection" else range(1))]
@@ -187,7 +192,7 @@ def symmetry_images(
 
 # %% ../../nbs/physics/07_budgets.ipynb #8fc4fbb1
 class SymmetryTest:
-    "Streaming test of whether mean zonal profiles have the symmetries of the forcing; keeps (blocks, N), merges."
+    "Streaming test of whether mean zonal profiles have the symmetries of the forcing; merges."
 
     def __init__(
         self,
@@ -196,7 +201,8 @@ class SymmetryTest:
         parity: int = 1,  # see `symmetry_images`
     ):
         if regime.fkx or regime.fky < 1:
-            raise ValueError(f"the symmetry test needs a flow forced along y only, not fkx={regime.fkx}, fky={regime.fky}")
+            forced = f"not fkx={regime.fkx}, fky={regime.fky}"
+            raise ValueError(f"the symmetry test needs a flow forced along y only, {forced}")
         if block < 1:
             raise ValueError(f"SymmetryTest: a block of {block} frames is empty; give at least 1")
         self.regime, self.block, self.parity, self.sums = regime, block, parity, {}
@@ -219,7 +225,7 @@ def _join(self: SymmetryTest, block: int, count: int, total: Tensor) -> None:
     known, so_far = self.sums.get(block, (0, 0.0))
     self.sums[block] = (known + count, so_far + total)
 
-# %% ../../nbs/physics/07_budgets.ipynb #b1c94589
+
 @patch
 def merge(self: SymmetryTest, other: SymmetryTest) -> SymmetryTest:
     "Take in what `other` has seen; returns itself."
@@ -230,15 +236,33 @@ def merge(self: SymmetryTest, other: SymmetryTest) -> SymmetryTest:
     return self
 
 # %% ../../nbs/physics/07_budgets.ipynb #221ab6f2
-def _randomised(units: Tensor, fky: int, symmetry: str, parity: int, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    "Asymmetry of the mean of `units` (m, N), and that of `draws` means in which every unit is one of its images, drawn at random."
+def _randomised(
+    units: Tensor, fky: int, symmetry: str, parity: int, draws: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    "Asymmetry of the mean of `units` (m, N), and of `draws` means of images drawn at random."
     images = symmetry_images(units, fky, symmetry, parity)
+    random = torch.Generator().manual_seed(seed)
     apart, rms = images - images.mean(0), lambda profile: profile.square().mean(-1).sqrt()
-    picked = torch.randint(len(images), (draws, len(units)), generator=torch.Generator().manual_seed(seed))
+    picked = torch.randint(len(images), (draws, len(units)), generator=random)
     drawn = torch.stack([apart[p, torch.arange(len(units))].mean(0) for p in picked])
     return rms(apart[0].mean(0)), rms(drawn)
 
 
+@patch
+def _units(self: SymmetryTest, fewest: int) -> list[Tensor]:
+    "Means (m, N) of the whole blocks, of pairs of them, of pairs of pairs … down to `fewest`."
+    kept = sorted(self.sums.items())
+    whole = [total / count for _, (count, total) in kept if count == self.block]
+    if len(whole) < fewest:
+        few = f"SymmetryTest: {len(whole)} whole blocks of {self.block} frames"
+        remedy = "use shorter blocks or a longer record"
+        raise ValueError(f"{few}; at least {fewest} are needed: {remedy}")
+    blocks = torch.stack(whole)
+    sizes = [2**i for i in range(int(math.log2(len(whole) // fewest)) + 1)]
+    cut = lambda size: blocks[: len(blocks) // size * size].unflatten(0, (-1, size))
+    return [cut(size).mean(1) for size in sizes]
+
+# %% ../../nbs/physics/07_budgets.ipynb #3a86e1eb
 @patch
 def result(
     self: SymmetryTest,
@@ -247,18 +271,16 @@ def result(
     seed: int = 0,
     fewest: int = 4,  # units down to which blocks are joined
 ) -> dict[str, Tensor]:
-    "`asymmetry`, rms over y in the profile's units; `chance`, its 95 % point if the symmetry holds; `p_value`; `units` that decided; `mean`, `symmetric` (N,)."
-    whole = [total / count for _, (count, total) in sorted(self.sums.items()) if count == self.block]
-    if len(whole) < fewest:
-        raise ValueError(f"SymmetryTest: {len(whole)} whole blocks of {self.block} frames; at least {fewest} are needed: use shorter blocks or a longer record")
-    blocks, fky, best = torch.stack(whole), int(self.regime.fky), None
-    for size in (2**i for i in range(int(math.log2(len(blocks) // fewest)) + 1)):
-        units = blocks[: len(blocks) // size * size].unflatten(0, (-1, size)).mean(1)
+    "`asymmetry` (rms over y), its 95 % point by `chance`, `p_value`; profiles `mean`, `symmetric`."
+    fky, best, every = int(self.regime.fky), None, self._units(fewest)
+    for units in every:
         seen, drawn = _randomised(units, fky, symmetry, self.parity, draws, seed)
-        p = (1 + (drawn >= seen).sum()) / (draws + 1.0)
+        p, point = (1 + (drawn >= seen).sum()) / (draws + 1.0), drawn.quantile(0.95)
         if best is None or p > best["p_value"]:
-            best = {"asymmetry": seen, "chance": drawn.quantile(0.95), "p_value": p, "units": len(units)}
-    return best | {"mean": blocks.mean(0), "symmetric": symmetry_images(blocks.mean(0), fky, symmetry, self.parity).mean(0)}
+            best = {"asymmetry": seen, "chance": point, "p_value": p, "units": len(units)}
+    mean = every[0].mean(0)
+    symmetric = symmetry_images(mean, fky, symmetry, self.parity).mean(0)
+    return best | {"mean": mean, "symmetric": symmetric}
 
 # %% ../../nbs/physics/07_budgets.ipynb #8161022a
 def nearest_image(
@@ -268,16 +290,17 @@ def nearest_image(
     symmetry: str = "shift",  # see `symmetry_images`
     parity: int = 1,
 ) -> tuple[Tensor, int]:
-    "The image (N,) of `profile` under the symmetries that is nearest to `reference`, and its number in `symmetry_images`."
+    "The image (N,) of `profile` nearest to `reference`, and its number in `symmetry_images`."
     images = symmetry_images(profile, fky, symmetry, parity)
     number = int((images - reference).square().mean(-1).argmin())
     return images[number], number
 
 # %% ../../nbs/physics/07_budgets.ipynb #0e33a017
 def _line_score(line: Tensor, wavenumber: Tensor, forced: float) -> Tensor:
-    "Power of `line` (…, N/2 − 1), entry j of wavenumber j + 1, over that of two neighbours on each side; NaN where forced."
-    beside = torch.stack([line[..., wavenumber - 1 + d] for d in (-2, -1, 1, 2)])
-    return torch.where(wavenumber == forced, math.nan, line[..., wavenumber - 1] / beside.log().mean(0).exp())
+    "Power of `line` (…, N/2 − 1) over that of two neighbours on each side; NaN where forced."
+    at = wavenumber - 1  # entry j is of wavenumber j + 1
+    beside = torch.stack([line[..., at + d] for d in (-2, -1, 1, 2)])
+    return torch.where(wavenumber == forced, math.nan, line[..., at] / beside.log().mean(0).exp())
 
 
 def patch_lines(
@@ -285,16 +308,19 @@ def patch_lines(
     patch_size: int,  # points per side of a patch
     regime: Regime,  # its forcing wavenumbers are left out
 ) -> dict[str, Tensor]:
-    "`wavenumber` (lines,), the multiples of N/p, and scores `x`, `y` (…, lines) of the lines kx and ky = wavenumber. 1 is no artefact; NaN where the forcing acts."
+    "`wavenumber` (lines,), multiples of N/p, and scores `x`, `y` (…, lines); NaN where forced."
     N = power.shape[-2]
     base = N // patch_size
     if base * patch_size != N or base < 3 or base > N // 2 - 3:
-        raise ValueError(f"patches of {patch_size} points on a grid of {N} have no lines to look at: N / p must be a whole number between 3 and {N // 2 - 3}")
+        none = f"patches of {patch_size} points on a grid of {N} have no lines to look at"
+        raise ValueError(f"{none}: N / p must be a whole number between 3 and {N // 2 - 3}")
     along_x = power.double().sum(-1)
     along_x = along_x[..., 1 : N // 2] + along_x[..., N // 2 + 1 :].flip(-1)
     wavenumber = torch.arange(base, N // 2 - 2, base)
     along_y = power.double().sum(-2)[..., 1 : N // 2]
-    return {"wavenumber": wavenumber, "x": _line_score(along_x, wavenumber, regime.fkx), "y": _line_score(along_y, wavenumber, regime.fky)}
+    score = lambda line, forced: _line_score(line, wavenumber, forced)
+    x, y = score(along_x, regime.fkx), score(along_y, regime.fky)
+    return {"wavenumber": wavenumber, "x": x, "y": y}
 
 # %% ../../nbs/physics/07_budgets.ipynb #93b1b774
 def artefact_score(
@@ -302,7 +328,7 @@ def artefact_score(
     patch_size: int,  # points per side of a patch
     regime: Regime,
 ) -> Tensor:
-    "The largest score of `patch_lines` (…): power on the patches' lines over that beside them; 1 is no artefact."
+    "The largest score of `patch_lines` (…): 1 is no artefact."
     found = patch_lines(power, patch_size, regime)
     return torch.cat([found["x"], found["y"]], -1).nan_to_num(nan=0.0).amax(-1)
 
@@ -313,58 +339,73 @@ class Stationarity:
     trend: float  # slope per unit time
     low: float  # interval of the slope
     high: float
-    change: float  # what the trend amounts to over a record of mean length, in standard deviations about it
+    change: float  # of the trend over a record of mean length, in standard deviations about it
     memory: float  # decorrelation time, in time units
     size: float  # effective samples, all records together
     verdict: str  # "stationary", "drifts" or "too short"
 
-    @property
-    def per_memory(self) -> float:
-        "The trend per decorrelation time."
-        return self.trend * self.memory
-
 
 def _slope(times: Tensor, values: Tensor) -> tuple[float, float, float, float, Tensor]:
-    "Least-squares slope of a record, its squared error, its degrees of freedom, its decorrelation time in samples, what is left about it."
+    "Slope of a record, its squared error, degrees of freedom, memory in samples, what is left."
     clock = times - times.mean()
     slope = (clock * values).sum() / (clock**2).sum()
     left = values - values.mean() - slope * clock
     _, error, freedom = mean_error(left)
-    return float(slope), float(error**2 * len(values) / (clock**2).sum()), float(freedom), float(decorrelation_time(left)), left
+    squared, memory = error**2 * len(values) / (clock**2).sum(), decorrelation_time(left)
+    return float(slope), float(squared), float(freedom), float(memory), left
 
 # %% ../../nbs/physics/07_budgets.ipynb #a618486e
+def _weights(records: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    "Weights (R,) of the records' slopes, which add up to 1."
+    weight = torch.stack([((t - t.mean()) ** 2).sum() for t, _ in records])
+    return weight / weight.sum()
+
+
+def _trend_error(
+    slope: Tensor, variance: Tensor, freedom: Tensor, weight: Tensor, trend: float, level: float
+) -> float:
+    "Half of the interval of the weighted mean of slopes."
+    R, parts = len(slope), weight**2 * variance
+    if R >= 4:  # how the records differ tells the error, whatever they remember
+        squares = (weight**2 * (slope - trend) ** 2).sum() * R / (R - 1)
+        error, degrees = float(squares) ** 0.5, R - 1.0
+    else:
+        error = float(parts.sum()) ** 0.5
+        degrees = float(parts.sum() ** 2 / (parts**2 / freedom).sum().clamp(min=1e-300))
+    return error * float(student(level, torch.tensor(degrees)))
+
+# %% ../../nbs/physics/07_budgets.ipynb #b2a5750d
 def stationarity(
     records: Sequence[tuple[Tensor, Tensor]],  # (times, values) of each, (n_i,), equally spaced
     level: float = 0.99,
 ) -> Stationarity:
-    "Whether a series (energy, say) drifts over its records: see the class. ValueError for values that are not finite."
+    "Whether a series (energy, say) drifts over its records; its values must be finite."
     records = [(torch.as_tensor(t).double(), torch.as_tensor(v).double()) for t, v in records]
     if not all(v.isfinite().all() for _, v in records):
-        raise ValueError("a series with values that are not finite has no trend: cut it at its `excess_time`")
-    found = [_slope(t, v) for t, v in records]
-    slope, variance, freedom, memory = torch.tensor([f[:4] for f in found], dtype=torch.float64).unbind(1)
-    weight = torch.stack([((t - t.mean()) ** 2).sum() for t, _ in records])
-    weight, R = weight / weight.sum(), len(records)
-    trend, parts = float((weight * slope).sum()), weight**2 * variance
-    if R >= 4:  # how the records differ tells the error, whatever they remember
-        error, freedom = float((weight**2 * (slope - trend) ** 2).sum() * R / (R - 1)) ** 0.5, R - 1.0
-    else:
-        error, freedom = float(parts.sum()) ** 0.5, float(parts.sum() ** 2 / (parts**2 / freedom).sum().clamp(min=1e-300))
-    half = error * float(student(level, torch.tensor(freedom)))
-    spread = float(torch.cat([f[4] for f in found]).std(correction=0))
-    span, step = sum(float(t[-1] - t[0]) for t, _ in records) / len(records), float(records[0][0][1] - records[0][0][0])
+        wrong = "a series with values that are not finite has no trend"
+        raise ValueError(f"{wrong}: cut it at its `excess_time`")
+    slopes, weight = [_slope(t, v) for t, v in records], _weights(records)
+    numbers = torch.tensor([one[:4] for one in slopes], dtype=torch.float64)
+    slope, variance, freedom, memory = numbers.unbind(1)
+    trend = float((weight * slope).sum())
+    half = _trend_error(slope, variance, freedom, weight, trend, level)
+    spread = float(torch.cat([one[4] for one in slopes]).std(correction=0))
+    span = sum(float(t[-1] - t[0]) for t, _ in records) / len(records)
+    step, R = float(records[0][0][1] - records[0][0][0]), len(records)
     size = float(sum(len(v) / m for (_, v), m in zip(records, memory.tolist())))
     change = trend * span / spread if spread > 0 else math.inf * trend if trend else 0.0
-    moves, sure = abs(trend) > half and abs(change) > 1, R >= 4 or size >= 10 * R or abs(change) > 5
+    moves = abs(trend) > half and abs(change) > 1
+    sure = R >= 4 or size >= 10 * R or abs(change) > 5
     verdict = "drifts" if moves and sure else "too short" if moves or size < 10 else "stationary"
-    return Stationarity(trend, trend - half, trend + half, change, float(memory.mean()) * step, size, verdict)
+    ends, remembered = (trend - half, trend + half), float(memory.mean()) * step
+    return Stationarity(trend, *ends, change, remembered, size, verdict)
 
 # %% ../../nbs/physics/07_budgets.ipynb #f9878813
 def excess_time(
     times: Tensor,  # (n,)
     values: Tensor,  # (n,) of a positive quantity, such as energy
-    usual: float | None = None,  # its usual size; default the median of the finite values of the first tenth of the record
-    factor: float = 10.0,  # beyond this many times the usual size it has blown up
+    usual: float | None = None,  # its usual size; default the median of the first tenth
+    factor: float = 10.0,  # how many times the usual size is an excess
 ) -> float:
     "First time at which `values` are not finite or beyond `factor` times the usual; inf if never."
     values, times = torch.as_tensor(values).double(), torch.as_tensor(times).double()

@@ -18,7 +18,8 @@ def _count(row, low, per_unit, slots, counts):
     "Add one frame's values to four sets of `counts` (4, bins + 2)."
     bins = counts.shape[1] - 2
     for p in range(len(row)):
-        slots[p] = np.int32(min(max(np.floor((row[p] - low) * per_unit), -1.0), np.float64(bins)) + 1.0)
+        slot = np.floor((row[p] - low) * per_unit)
+        slots[p] = np.int32(min(max(slot, -1.0), np.float64(bins)) + 1.0)
     whole = len(row) // 4 * 4
     for p in range(0, whole, 4):
         for k in range(4):
@@ -26,7 +27,7 @@ def _count(row, low, per_unit, slots, counts):
     for p in range(whole, len(row)):
         counts[0, slots[p]] += 1
 
-
+# %% ../../nbs/physics/08_sums.ipynb #b8613b38
 @_compiled
 def _point_pass(rows, low, per_unit, counts, squares, powers):
     slots = np.empty(rows.shape[1], np.int32)
@@ -37,19 +38,20 @@ def _point_pass(rows, low, per_unit, counts, squares, powers):
             square = x * x
             squares[p] += square
             second, third, fourth = second + square, third + square * x, fourth + square * square
-        powers[i, 0], powers[i, 1], powers[i, 2] = second / len(row), third / len(row), fourth / len(row)
+        powers[i, 0], powers[i, 1] = second / len(row), third / len(row)
+        powers[i, 2] = fourth / len(row)
         if counts.shape[1] > 2:
             _count(row, low, per_unit, slots, counts)
 
-# %% ../../nbs/physics/08_sums.ipynb #b8613b38
+# %% ../../nbs/physics/08_sums.ipynb #815d9964
 class PointSums:
-    "Sums over frames, in double precision, of finite values at every point, and how often values fall into bins."
+    "Sums over frames, in double precision, of finite values at every point, and counts in bins."
 
     def __init__(
         self,
         points: int,  # of a frame
-        bins: tuple[float, float, int] | None = None,  # (low, high, how many): equal bins to count values in; None for no counts
-        climate: np.ndarray | None = None,  # (points,) what anomalies are measured from, of the type of the frames; None for no anomalies
+        bins: tuple[float, float, int] | None = None,  # (low, high, how many); None for no counts
+        climate: np.ndarray | None = None,  # (points,) what anomalies are from, of the frames' type
     ):
         self.low, high, many = bins or (0.0, 1.0, 0)
         self.per_unit, self.climate = many / (high - self.low), climate
@@ -64,13 +66,14 @@ class PointSums:
     def take(
         self,
         rows: np.ndarray,  # (n, points), a frame per row, contiguous
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # (n, 3) means over the points of x², x³, x⁴; (n, 2) largest and smallest x; the same of x − climate
-        "Add frames; gives what there is to know of each."
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        "Add frames; gives means of x², x³, x⁴ (n, 3), ends of x (n, 2) and of anomalies of each."
         powers = np.empty((len(rows), 3))
         _point_pass(rows, float(self.low), self.per_unit, self.sets, self.squares, powers)
-        return powers, _ends(rows), None if self.climate is None else _ends(rows - self.climate)
+        anomalies = None if self.climate is None else _ends(rows - self.climate)
+        return powers, _ends(rows), anomalies
 
-
+# %% ../../nbs/physics/08_sums.ipynb #3cfa0a19
 def _ends(rows: np.ndarray) -> np.ndarray:
     "Largest and smallest value of every row, (n, 2)."
     ends = np.empty((len(rows), 2))
@@ -117,9 +120,9 @@ def _wave_pass(rows, one, two, three, total, power, weighted):
             a, b, c = a + square * one[m], b + square * two[m], c + square * three[m]
         weighted[i, 0], weighted[i, 1], weighted[i, 2] = a, b, c
 
-
+# %% ../../nbs/physics/08_sums.ipynb #7f4ccbfd
 class WaveSums:
-    "Sums over frames, in double precision, of Fourier coefficients and of their squared magnitudes."
+    "Sums over frames, in double precision, of Fourier coefficients and their squared magnitudes."
 
     def __init__(
         self,
@@ -135,5 +138,6 @@ class WaveSums:
     ) -> np.ndarray:  # (n, k) weighted sums of the squared magnitudes
         "Add frames; gives the weighted sums of each."
         weighted, k = np.empty((len(rows), 3)), len(self.weights)
-        _wave_pass(rows, self.weights[0], self.weights[k // 2], self.weights[-1], self.total, self.power, weighted)
+        weights = self.weights[0], self.weights[k // 2], self.weights[-1]
+        _wave_pass(rows, *weights, self.total, self.power, weighted)
         return weighted[:, :k]
