@@ -209,7 +209,7 @@ def ensemble_figure(
     factor = math.sqrt((size + 1) / size)
     both = {"spread × √((M+1)/M)": (time, factor * curve(scores, "spread", field))}
     both["error of the mean"] = line("skill", field)
-    inside = {"legend_position": "top_left"}
+    inside = {"legend_position": "bottom_right"}
     return beside(
         curves(crps, "lead (time units)", f"fair CRPS of {symbol}{unit}", ylim=(0, None), **inside),
         curves(both, "lead (time units)", f"spread and skill of {symbol}{unit}", ylim=(0, None), **inside),
