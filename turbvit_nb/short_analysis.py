@@ -60,16 +60,19 @@ def score_baselines(
     checkpoint: Path,  # whose one-step error the ceiling begins with
 ) -> xr.Dataset:
     "Scores of every forecast but the emulator's, and of the truth; kept as `baselines/scores.nc`."
-    target, asked = run.path / "baselines" / "scores.nc", made_from(run, checkpoint, starts.dataset.num_frames)
+    target = run.path / "baselines" / "scores.nc"
+    asked = made_from(run, checkpoint, starts.dataset.num_frames)
     if (known := up_to_date(target, asked)) is not None:
         return known
     states, spectrum = baseline_states(starts, fits), _ceiling_spectrum(run, starts, checkpoint)
     if spectrum is not None:
         states["ceiling"] = lambda group: twin_states(starts, group, spectrum)
-    names = [name for name in progress(FORECASTS[1:], desc="forecasts to compare with") if name in states]
-    scores = xr.concat([score_forecast(starts, name, states[name]) for name in names], "forecast")
+    names = [name for name in FORECASTS if name in states]
+    score = lambda name: score_forecast(starts, name, states[name])
+    scores = xr.concat(list(map(score, progress(names, desc="forecasts to compare with"))), "forecast")
     scores = xr.merge([scores, truth_scores(starts)])
-    scores.attrs = {"made_from": asked, "ceiling_from": checkpoint.stem if spectrum is not None else ""}
+    first = checkpoint.stem if spectrum is not None else ""
+    scores.attrs = {"made_from": asked, "ceiling_from": first}
     write_netcdf(scores, target)
     return read_netcdf(target)
 
@@ -120,7 +123,7 @@ def made_from(
 ) -> str:
     "The fingerprint of the scores: the settings, the data sections and the checkpoint files."
     config = run.config
-    sections = dict.fromkeys(section(config) for section in (scored_section, climate_section, fitted_section))
+    sections = [section(config) for section in (scored_section, climate_section, fitted_section)]
     told = {"analysis": picked(analysis_settings(config), _KEYS), "frames": frames}
     told |= {"checkpoint": file_mark(checkpoint), "ceiling": file_mark(ceiling or checkpoint)}
     return fingerprint(data_told(config, *sections) | told)
@@ -129,6 +132,7 @@ def made_from(
 def _attributes(run: Run, name: str, checkpoint: Path, emulator: Emulator, starts: Starts) -> dict:
     "What a reader of the file needs to know about where the numbers come from."
     settings = analysis_settings(run.config)
+    marks = marked_wavenumbers(starts.dataset.regimes[0], emulator.network.config)
     return {
         "title": f"Short analysis of {name}",
         "checkpoint": name,
@@ -141,7 +145,7 @@ def _attributes(run: Run, name: str, checkpoint: Path, emulator: Emulator, start
         "climatology_from": climate_section(run.config),
         "fitted_to": fitted_section(run.config),
         "config": run.config.to_toml(),
-    } | attributes(identify(checkpoint)) | marked_wavenumbers(starts.dataset.regimes[0], emulator.network.config)
+    } | attributes(identify(checkpoint)) | marks
 
 
 def _placed(scores: xr.Dataset, starts: Starts, step: float) -> xr.Dataset:
@@ -176,7 +180,13 @@ def checkpoint_scores(
     return scores.assign_attrs(ceiling_from=baselines.attrs["ceiling_from"])
 
 # %% ../nbs/05_short_analysis.ipynb #70926758
-def _made_again(run: Run, stale: dict[str, Path], first: Path, frames: int, asked: dict[str, str]) -> None:
+def _made_again(
+    run: Run,
+    stale: dict[str, Path],  # name: checkpoint
+    first: Path,  # the checkpoint that the ceiling is of
+    frames: int,  # before every start
+    asked: dict[str, str],  # name: fingerprint
+) -> None:
     "Score the checkpoints that are not up to date into `short_analyses/<name>.nc`."
     dataset = open_scored(run.config, frames)
     for name, file in stale.items():
@@ -192,10 +202,11 @@ def _made_again(run: Run, stale: dict[str, Path], first: Path, frames: int, aske
 
 
 def short_analysis(run: Run) -> dict[str, xr.Dataset]:
-    "Score every checkpoint into `short_analyses/<checkpoint>.nc`; the scores by name. Whole ones are kept."
+    "Score every checkpoint into `short_analyses/<name>.nc`; the scores by name. Whole ones are kept."
     ensure_data(run.config)
     if scored_section(run.config) == "validation_dataset":
-        note("no [test_dataset]: the scores are of the validation frames, which have chosen the checkpoint")
+        frames = "the validation frames, which have chosen the checkpoint"
+        note(f"no [test_dataset]: the scores are of {frames}")
     files = checkpoint_files(run)
     first, folder = next(iter(files.values())), run.path / "short_analyses"
     frames = max(HISTORY, *(load_emulator(file).num_frames for file in files.values()))

@@ -95,8 +95,8 @@ def fit_baselines(
     stretches = training_stretches(dataset, 2 * leads + HISTORY)
     reach = _reach(dataset, max(len(numbers) for _, numbers in stretches), leads)
     total = sum(dataset.read(tree, numbers).sum(0, dtype=torch.float64) for tree, numbers in stretches)
-    frames, desc = sum(len(numbers) for _, numbers in stretches), "fitting damped persistence and the linear model"
-    mean = total / frames
+    frames = sum(len(numbers) for _, numbers in stretches)
+    mean, desc = total / frames, "fitting damped persistence and the linear model"
     read = lambda tree, numbers: dataset.read(tree, numbers) - mean.float()
     anomalies = lambda: (read(*stretch) for stretch in progress(stretches, desc=desc))
     damped = DampedPersistence(mean, _padded(fit_damping(anomalies(), reach), leads))
@@ -160,7 +160,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _fitted(config: Config) -> dict[str, np.ndarray]:
     "The fits as arrays."
-    settings, fitted, climo = analysis_settings(config), fitted_section(config), climate_section(config)
+    settings = analysis_settings(config)
+    fitted, climo = fitted_section(config), climate_section(config)
     step = config.section(scored_section(config)).target_step
     climate = climatology(open_dataset(streamed(config.section(climo)), name=climo))
     training = open_dataset(streamed(config.section(fitted), target_step=step), name=fitted)
@@ -178,7 +179,8 @@ def baseline_fits(run: Run) -> Fits:
     told = data_told(config, fitted_section(config), climate_section(config))
     told |= {"leads": settings.max_leadtime, "linear": settings.linear, "step": step}
     asked, held = fingerprint(told), earlier(target, _arrays)
-    if held is None or not is_same(str(held["made_from"]), asked) or settings.linear and "rest" not in held:
+    known = held is not None and is_same(str(held["made_from"]), asked)
+    if not known or settings.linear and "rest" not in held:
         held = _fitted(config)
         with atomic(target) as part:
             np.savez(part, made_from=np.array(asked), **held)
@@ -195,6 +197,7 @@ def truth_scores(starts: Starts) -> xr.Dataset:
     of = lambda f: {"band_truth": band_rms(f, edges), "truth_spectrum": box.energy_spectrum(f[:, :2])}
     states = lambda group: (of(with_vorticity(state)) for state in group["truth"].unbind(2))
     parts = list(map(lambda group: by_lead(states(group), starts.leads), starts.groups()))
-    bands, spectra = (np.concatenate([p[name] for p in parts]) for name in ("band_truth", "truth_spectrum"))
+    joined = lambda name: np.concatenate([part[name] for part in parts])
+    bands, spectra = joined("band_truth"), joined("truth_spectrum")
     variables = {"truth_spectrum": (("lead", "shell"), spectra.mean(0))}
     return xr.Dataset(variables | {"band_truth": (("start", "lead", "field", "band"), bands)})

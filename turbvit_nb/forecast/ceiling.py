@@ -47,7 +47,8 @@ def twin_states(
     "The solver's own forecasts from perturbed initial states, of all flows of the group."
     x, rows = group["x"][:, :, 0].double(), group["rows"].tolist()
     omega = Grid.of(x).vorticity(x)
-    nudge = torch.cat([error_like(spectrum, 1, omega.shape[-1], seed=row) for row in rows]).to(omega.device)
+    nudge = torch.cat([error_like(spectrum, 1, omega.shape[-1], seed=row) for row in rows])
+    nudge = nudge.to(omega.device)
     flows, step = [starts.flows[row] for row in rows], starts.dataset.step
     parts = {flow: [i for i, other in enumerate(flows) if other == flow] for flow in flows}
     twin = lambda flow, own: twin_forecast(flow, omega[own], nudge[own], step, starts.leads)
@@ -121,7 +122,8 @@ def score_members(
     ensemble, there = with_vorticity(members).transpose(0, 1), with_vorticity(truth)
     spread, skill = spread_skill(ensemble, there)
     crps = space_mean(fair_crps(ensemble, there))
-    scores = {"crps": crps, "energy_score": energy_score(ensemble, there), "spread": spread, "skill": skill}
+    scores = {"crps": crps, "energy_score": energy_score(ensemble, there)}
+    scores |= {"spread": spread, "skill": skill}
     return scores | {"rank_count": rank_histogram(ensemble, there)}
 
 # %% ../../nbs/forecast/04_ceiling.ipynb #c1a568c2
@@ -143,8 +145,10 @@ def score_ensemble(
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if not joined["spread"][:, 0].any():
         remedy = "set analysis.perturbation above 0, or members = 1"
-        raise LabError(f"the {members} members are all the same: this emulator draws nothing, so {remedy}")
+        same = f"the {members} members are all the same"
+        raise LabError(f"{same}: this emulator draws nothing, so {remedy}")
     ranks = joined.pop("rank_count").sum(0)
     variables = {name: (("start", "lead", "field"), values) for name, values in joined.items()}
-    coords = {"field": list(FIELDS), "lead": np.arange(1, starts.leads + 1), "rank": np.arange(members + 1)}
+    coords = {"field": list(FIELDS), "lead": np.arange(1, starts.leads + 1)}
+    coords |= {"rank": np.arange(members + 1)}
     return xr.Dataset(variables | {"rank_count": (("lead", "field", "rank"), ranks)}, coords)

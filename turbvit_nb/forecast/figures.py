@@ -52,7 +52,8 @@ def score_figure(
     "A score against lead time, all forecasts; a band is the interval of the first checkpoint's mean."
     first, label = next(iter(results.values())), next(iter(results))
     time = first.lead_time.values
-    lines = {label: (scores.lead_time.values, curve(scores, name, field)) for label, scores in results.items()}
+    mine = lambda scores: (scores.lead_time.values, curve(scores, name, field))
+    lines = {label: mine(scores) for label, scores in results.items()}
     lines |= {LABELS.get(f, f): (time, curve(first, name, field, f)) for f in _rivals(first, name)}
     interval = curve_interval(first, name, field)
     unit = f" ({UNITS[field]})" if name in ("rmse", "mae") else ""
@@ -106,7 +107,7 @@ def summary_table(results: Mapping[str, xr.Dataset]) -> Table:
     rows += [{"forecast": LABELS.get(f, f)} | summary_row(first, f) for f in forecasts_in(first)[1:]]
     step, level = first.attrs["step"], first.attrs.get("level", 0.95)
     own = f"ACC < {first.attrs['threshold']:g}"
-    caption = f"{first.sizes['start']} initial states; steps of {step:g} time units, [{level:.0%} interval]"
+    caption = f"{first.sizes['start']} starts; steps of {step:g} time units; [{level:.0%} interval]"
     return Table([_shown(row, own) for row in rows], f"{caption}; 1 − ACC in thousandths")
 
 # %% ../../nbs/forecast/07_figures.ipynb #e111ac5e
@@ -125,7 +126,8 @@ def horizon_table(results: Mapping[str, xr.Dataset], field: str = "u") -> Table:
                 row[f"{name} (1/λ)"] = horizon_words(found[0], last, step * exponent)
         rows.append(row)
     level = f"{first.attrs.get('level', 0.95):.0%}"
-    return Table(rows, f"Horizons of {field.replace('omega', 'ω')} with {level} intervals (block bootstrap over starts)")
+    what = f"Horizons of {field.replace('omega', 'ω')} with {level} intervals"
+    return Table(rows, f"{what} (block bootstrap over starts)")
 
 # %% ../../nbs/forecast/07_figures.ipynb #8ed23348
 def strip_figure(results: Mapping[str, xr.Dataset], columns: int = 4) -> hv.Layout:
@@ -159,7 +161,8 @@ def spectrum_figure(
 def band_name(band: str, edges: Sequence[float]) -> str:
     "A band with its wavenumbers."
     k1, k2 = edges
-    shells = {"large": f"k ≤ {k1:.3g}", "middle": f"{k1:.3g} < k ≤ {k2:.3g}", "small": f"k > {k2:.3g}"}
+    shells = {"large": f"k ≤ {k1:.3g}", "small": f"k > {k2:.3g}"}
+    shells["middle"] = f"{k1:.3g} < k ≤ {k2:.3g}"
     return f"{band} scales, {shells[band]}"
 
 
@@ -172,11 +175,11 @@ def band_figure(
     "The relative error of one band against lead time: checkpoints, persistence, linear model, ceiling."
     first, lines = next(iter(results.values())), {}
     size = np.sqrt((first.band_truth.sel(field=field, band=band) ** 2).mean("start").values)
-    still = [("persistence", first, "persistence")] if "persistence" in forecasts_in(first) else []
-    entries = [(name, scores, "emulator") for name, scores in results.items()] + still
-    for label, scores, f in entries + _entries(results)[len(results) :]:
+    plain = [("persistence", first, "persistence")] * ("persistence" in forecasts_in(first))
+    for label, scores, f in [*_entries(results), *plain]:
         lines[label] = (scores.lead_time.values, curve(scores, "band_rmse", field, f, band=band) / size)
-    high = max(np.nanmax(values) for name, (_, values) in lines.items() if name in (*results, "persistence"))
+    shown = [lines[name][1] for name in (*results, *(["persistence"] * len(plain)))]
+    high = max(np.nanmax(values) for values in shown)
     look = {"level": 1.0, "ylim": (0, min(max(1.1, 1.1 * high), 3.0))}
     name, symbol = band_name(band, first.attrs["band_edges"]), field.replace("omega", "ω")
     return curves(lines, "lead (time units)", f"relative error of {symbol}", name, **(look | axes))
@@ -206,7 +209,7 @@ def ensemble_figure(
     factor = math.sqrt((size + 1) / size)
     both = {"spread × √((M+1)/M)": (time, factor * curve(scores, "spread", field))}
     both["error of the mean"] = line("skill", field)
-    inside = {"legend_position": "top_left"}
+    inside = {"legend_position": "bottom_right"}
     return beside(
         curves(crps, "lead (time units)", f"fair CRPS of {symbol}{unit}", ylim=(0, None), **inside),
         curves(both, "lead (time units)", f"spread and skill of {symbol}{unit}", ylim=(0, None), **inside),
@@ -251,11 +254,13 @@ def right_for(scores: xr.Dataset) -> Finding:
     mine, last = horizons(scores, criterion=HEADLINE), int(scores.lead[-1])
     others = [horizons(scores, forecast=f, criterion=HEADLINE)[0] for f in _networkless(scores)]
     if math.isinf(mine[0]):
-        said = f"The ACC of u stays above 0.8 to the last lead, step {last}, {last * scores.attrs['step']:.3g} time units"
+        time = f"{last * scores.attrs['step']:.3g} time units"
+        said = f"The ACC of u stays above 0.8 to the last lead, step {last}, {time}"
     else:
         said = f"The ACC of u falls below 0.8 at {_in_both(mine, scores)}"
     by_error = horizons(scores, criterion="VRMSE > 0.5")
-    lost = "stays below one half" if math.isinf(by_error[0]) else f"passes one half at {_in_both(by_error, scores)}"
+    kept, passed = math.isinf(by_error[0]), f"passes one half at {_in_both(by_error, scores)}"
+    lost = "stays below one half" if kept else passed
     mark = _mark(mine[0] > max(others, default=0), mine[0] < max(others, default=0))
     return Finding(mark, f"{said}. Its VRMSE {lost}.")
 
@@ -264,9 +269,12 @@ def beats(scores: xr.Dataset) -> Finding:
     "Up to which lead the RMSE is below that of the forecasts that need no network."
     last, groups, names = int(scores.lead[-1]), {}, LABELS | {"linear": "the linear model"}
     for rival in _networkless(scores):
-        groups.setdefault(int(beaten_until(scores, baseline=rival)), []).append(names.get(rival, rival))
-    words = lambda until: {last: "at every lead", 0: "not even at the first"}.get(until, f"up to step {until}")
-    parts = [f"{words(until)} than that of {_listed(them)}" for until, them in sorted(groups.items(), reverse=True)]
+        until = int(beaten_until(scores, baseline=rival))
+        groups.setdefault(until, []).append(names.get(rival, rival))
+    said = {last: "at every lead", 0: "not even at the first"}
+    words = lambda until: said.get(until, f"up to step {until}")
+    longest_first = sorted(groups.items(), reverse=True)
+    parts = [f"{words(until)} than that of {_listed(them)}" for until, them in longest_first]
     needed = min(horizons(scores, criterion=HEADLINE)[0] - 1, last)
     good = all(until >= needed for until in groups) and 0 not in groups
     return Finding(_mark(good, 0 in groups), f"Its RMSE is smaller {', '.join(parts)}.")
@@ -278,12 +286,15 @@ def reaches(scores: xr.Dataset) -> Finding | None:
         return None
     mine = horizons(scores, criterion=HEADLINE)[0]
     best = horizons(scores, forecast="ceiling", criterion=HEADLINE)
-    solver = f"The solver, from the one-step error of {parse_name(scores.attrs.get('ceiling_from', 'best')).label},"
+    first = parse_name(scores.attrs.get("ceiling_from", "best")).label
+    solver = f"The solver, from the one-step error of {first},"
     if math.isinf(best[0]):
-        return Finding("", f"{solver} is right to the last lead; how near the emulator comes to that is not known.")
+        told = "is right to the last lead; how near the emulator comes to that is not known."
+        return Finding("", f"{solver} {told}")
     share = mine / best[0]
     own = "lasts longer" if math.isinf(mine) else f"has {share:.0%} of that"
-    return Finding(_mark(share >= 0.5, share < 0.1), f"{solver} is right up to {_in_both(best, scores)}; the emulator {own}.")
+    said = f"{solver} is right up to {_in_both(best, scores)}; the emulator {own}."
+    return Finding(_mark(share >= 0.5, share < 0.1), said)
 
 
 def keeps(scores: xr.Dataset) -> Finding:
@@ -291,7 +302,8 @@ def keeps(scores: xr.Dataset) -> Finding:
     speed = growth(scores)
     said = "is not finite" if math.isnan(speed) else f"is {speed:.2f} times the truth's"
     off = abs(speed - 1)
-    return Finding(_mark(off <= 0.05, not off <= 0.2), f"At the last lead its root mean square speed {said}.")
+    said = f"At the last lead its root mean square speed {said}."
+    return Finding(_mark(off <= 0.05, not off <= 0.2), said)
 
 
 def loses(scores: xr.Dataset) -> Finding | None:
@@ -300,7 +312,8 @@ def loses(scores: xr.Dataset) -> Finding | None:
         return None
     lost = scores.valid.values[scores.valid.values < scores.sizes["lead"]]
     count = f"{len(lost)} of {scores.sizes['start']} forecasts"
-    return Finding("✗", f"NOT FINITE: {count}, the first after step {lost.min()}; means over starts end there.")
+    first = f"the first after step {lost.min()}"
+    return Finding("✗", f"NOT FINITE: {count}, {first}; means over starts end there.")
 
 # %% ../../nbs/forecast/07_figures.ipynb #8754e072
 def findings(scores: xr.Dataset) -> list[Finding]:
@@ -311,7 +324,8 @@ def findings(scores: xr.Dataset) -> list[Finding]:
 
 def flow_words(scores: xr.Dataset) -> str:
     "What is known of the flow's own predictability."
-    exponent, low, high = (scores.attrs.get(f"lyapunov_{name}", math.nan) for name in ("exponent", "low", "high"))
+    known = lambda name: scores.attrs.get(f"lyapunov_{name}", math.nan)
+    exponent, low, high = known("exponent"), known("low"), known("high")
     if math.isnan(exponent):
         return "The flow's Lyapunov exponent was not measured."
     interval = f"{scores.attrs['level']:.0%} interval {low:.2f} to {high:.2f}"
@@ -329,14 +343,16 @@ class Verdict(Table):
         lines, names = [], [row["forecast"] for row in self.rows]
         for row, before in zip(self.rows, [None, *names]):
             lines += [row["forecast"]] * (row["forecast"] != before)
-            lines.append(textwrap.fill(row["finding"], 96, initial_indent=f"  {row['']:1} ", subsequent_indent="    "))
+            lines.append(textwrap.fill(f"{row['']:1} {row['finding']}", 92, subsequent_indent="  "))
+            lines[-1] = textwrap.indent(lines[-1], "  ")
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         td = lambda text: f'<td style="text-align: left; white-space: normal">{html.escape(text)}</td>'
-        body = "\n".join("<tr>" + "".join(td(str(row[c])) for c in self.columns) + "</tr>" for row in self.rows)
+        cells = ("".join(td(str(row[c])) for c in self.columns) for row in self.rows)
+        body = "\n".join(f"<tr>{row}</tr>" for row in cells)
         return f'<table style="max-width: 48em">{body}</table>'
 
     def _repr_markdown_(self) -> str:
@@ -346,8 +362,10 @@ class Verdict(Table):
 
 def verdict_table(results: Mapping[str, xr.Dataset]) -> Verdict:
     "The findings on every checkpoint, and what is known of the flow."
-    rows = [{"": f.mark, "forecast": name, "finding": f.sentence} for name, s in results.items() for f in findings(s)]
-    return Verdict(rows + [{"": "", "forecast": "the flow", "finding": flow_words(next(iter(results.values())))}])
+    row = lambda mark, name, said: {"": mark, "forecast": name, "finding": said}
+    every = [(name, finding) for name, scores in results.items() for finding in findings(scores)]
+    rows = [row(finding.mark, name, finding.sentence) for name, finding in every]
+    return Verdict([*rows, row("", "the flow", flow_words(next(iter(results.values()))))])
 
 # %% ../../nbs/forecast/07_figures.ipynb #67be4e49
 def verdict(

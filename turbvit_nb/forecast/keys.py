@@ -19,10 +19,10 @@ class ForecastConfig(Section):
     checkpoints: list[str] | None = None  # names; default best and every pruning stage
     threshold: float = Field(0.6, gt=-1, lt=1)  # one horizon is the first lead with ACC below it
     linear: bool = True  # score a linear model (POD and vector autoregression) as well
-    ceiling: bool = True  # score the solver's own forecasts from perturbed states; Lyapunov exponent
-    lyapunov_time: float = Field(40.0, ge=0, allow_inf_nan=False)  # time units of its measurement; 0: none
+    ceiling: bool = True  # score the solver's own forecasts as well, and measure its Lyapunov exponent
+    lyapunov_time: float = Field(40.0, ge=0, allow_inf_nan=False)  # of the measurement; 0: none
     members: int = Field(1, ge=1)  # members of an ensemble forecast; 1 for none
-    perturbation: float = Field(1.0, ge=0, allow_inf_nan=False)  # of members, in one-step errors; 0: generative
+    perturbation: float = Field(1.0, ge=0, allow_inf_nan=False)  # of members, in one-step errors
     level: float = Field(0.95, gt=0, lt=1)  # of all intervals, also those of the long analysis
 
 # %% ../../nbs/forecast/00_keys.ipynb #44e19e07

@@ -44,8 +44,8 @@ def start_block(scores: xr.Dataset, forecast: str = "emulator") -> int:
     "How many neighbouring starts are drawn together, by mean ACC and RMSE; 1 for fewer than 8 starts."
     if scores.sizes["start"] < 8:
         return 1
-    mean = lambda name: scores[name].sel(forecast=forecast).mean("lead").transpose("field", "start").values
-    series = np.concatenate([mean(name) for name in ("acc", "rmse")])
+    mine = scores[["acc", "rmse"]].sel(forecast=forecast).mean("lead").transpose("field", "start")
+    series = np.concatenate([mine[name].values for name in ("acc", "rmse")])
     return block_length(torch.from_numpy(np.nan_to_num(series).astype(float)))
 
 
@@ -60,7 +60,8 @@ def curve_interval(
     block = start_block(scores, forecast)
     if scores.sizes["start"] < 2 * block or scores.sizes["start"] < 2:
         return None
-    values = scores[name].sel(field=field, forecast=forecast, **where).transpose("start", "lead").values
+    values = scores[name].sel(field=field, forecast=forecast, **where)
+    values = values.transpose("start", "lead").values
     power = 2 if name in SQUARED else 1
     samples = torch.tensor(values).double() ** power
     low, high = block_bootstrap(samples, None, block, level=scores.attrs.get("level", 0.95))
@@ -131,7 +132,8 @@ def summary_row(scores: xr.Dataset, forecast: str = "emulator", field: str = "u"
     text = lambda *which: horizon_text(horizons(scores, *which), last)
     row = {f"{name} (steps)": text(field, forecast, name) for name in ("ACC < 0.8", "VRMSE > 0.5")}
     row |= {"horizon (steps)": text(field, forecast), "horizon ω": text("omega", forecast)}
-    row |= {f"ACC {field} at {lead}": float(skill[lead - 1]) for lead in (1, 5, 10, 20, 30) if lead <= last}
+    leads = [lead for lead in (1, 5, 10, 20, 30) if lead <= last]
+    row |= {f"ACC {field} at {lead}": float(skill[lead - 1]) for lead in leads}
     row["VRMSE at 1"] = float(curve(scores, "vrmse", field, forecast)[0])
     beaten = f"{beaten_until(scores, field):.0f}" if forecast == "emulator" else None
     return row | {"beats persistence until": beaten}

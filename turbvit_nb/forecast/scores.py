@@ -117,7 +117,8 @@ _LONG_NAMES = {
     "vrmse": "RMSE over the standard deviation of the truth in space",
     "mae": "mean absolute error over the domain, the CRPS of a single forecast",
     "bias": "mean of forecast minus truth over the domain",
-    "acc": "uncentred anomaly correlation; climatology from other frames; 0 for climatology itself by convention",
+    "acc": "uncentred anomaly correlation; climatology from other frames; 0 for climatology itself"
+    " by convention",
     "band_rmse": "root mean square error from the waves of a band",
     "band_truth": "root mean square of the truth from the waves of a band",
     "energy_spectrum": "kinetic energy per integer shell of the forecast, mean over starts",
@@ -134,10 +135,12 @@ _LONG_NAMES = {
 }
 
 # %% ../../nbs/forecast/01_scores.ipynb #0df1a5e4
-_FIELD_UNITS = ("rmse", "mae", "bias", "band_rmse", "band_truth", "crps", "energy_score", "spread", "skill")
+_FIELD_UNITS = ("rmse", "mae", "bias", "band_rmse", "band_truth")
+_FIELD_UNITS += ("crps", "energy_score", "spread", "skill")
 _SCORE_UNITS = dict.fromkeys(_FIELD_UNITS, "units of the field") | {"valid": "steps"}
 _SCORE_UNITS |= {"omega_emulator": "1/time", "omega_truth": "1/time"}
-_SCORE_UNITS |= dict.fromkeys(("energy_spectrum", "error_spectrum", "truth_spectrum"), "length²/time²")
+_SPECTRA = ("energy_spectrum", "error_spectrum", "truth_spectrum")
+_SCORE_UNITS |= dict.fromkeys(_SPECTRA, "length²/time²")
 _COORDINATES = {
     "lead": ("lead", "steps"),
     "shell": ("wavenumber shell, round(|k|)", "1/length"),
@@ -168,7 +171,8 @@ def marked_wavenumbers(regime: Regime, model: Mapping) -> dict[str, float]:
 
 def wave_marks(data: xr.Dataset) -> dict[str, float]:
     "The wavenumbers that a result marks, as `spectra` takes them."
-    return {name: float(data.attrs.get(f"{name}_wavenumber", 0.0)) for name in ("forcing", "patch", "cutoff")}
+    known = lambda name: float(data.attrs.get(f"{name}_wavenumber", 0.0))
+    return {name: known(name) for name in ("forcing", "patch", "cutoff")}
 
 # %% ../../nbs/forecast/01_scores.ipynb #663f62f4
 def horizon_words(

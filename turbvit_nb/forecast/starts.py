@@ -59,7 +59,8 @@ DATA_KEYS = (  # of a data section, which a result depends on; those that came l
 
 def streamed(section: Section, **changes) -> Section:
     "A data section whose frames are read as they are needed, not kept, unless it says otherwise."
-    return section.model_copy(update={"mode": "read" if section.mode == "auto" else section.mode} | changes)
+    mode = "read" if section.mode == "auto" else section.mode
+    return section.model_copy(update={"mode": mode} | changes)
 
 # %% ../../nbs/forecast/02_starts.ipynb #7cc75df7
 def open_scored(
@@ -73,7 +74,8 @@ def open_scored(
     reach = (leads + frames - 1) * cfg.target_step + 1
     if reach > longest:
         needs = f"analysis.max_leadtime = {leads} needs {reach} frames in a row"
-        raise LabError(f"{needs}; the longest range of [{name}] has {longest}: lower it or widen frame_range")
+        has = f"the longest range of [{name}] has {longest}"
+        raise LabError(f"{needs}; {has}: lower it or widen frame_range")
     asked = streamed(cfg, num_frames=None, input_step=cfg.target_step)
     dataset = open_dataset(asked, num_frames=frames, name=name)
     dataset.targets = leads
@@ -161,13 +163,14 @@ def emulate(
 ) -> Iterator[Tensor]:  # (B, 2, N, N), or (B, M, 2, N, N) with several members
     "The velocities of an emulator's rollout, whatever fields it works in."
     x0 = from_velocity(x[:, :, : emulator.num_frames], emulator.fields)
-    return (to_velocity(state, emulator.fields) for state in rollout(emulator, x0, steps, members, cond))
+    states = rollout(emulator, x0, steps, members, cond)
+    return (to_velocity(state, emulator.fields) for state in states)
 
 # %% ../../nbs/forecast/02_starts.ipynb #45ad4180
 def score_forecast(
     starts: Starts,
     name: str,  # of the forecast
-    states: Callable[[dict[str, Tensor]], Iterable[Tensor]],  # of a group: velocity (B, 2, N, N) per lead
+    states: Callable[[dict[str, Tensor]], Iterable[Tensor]],  # of a group: (B, 2, N, N) per lead
 ) -> xr.Dataset:
     "Scores of one forecast from all starts."
     scored = lambda group: score_states(states(group), group["truth"], starts.climate, starts.edges)
@@ -184,7 +187,8 @@ def one_step_error(emulator: Emulator, starts: Starts) -> Tensor:
     "Energy of the error of the first step per shell (shells,), mean over starts."
     first = lambda group: next(emulate(emulator, group["x"], 1, group["cond"])).double()
     error = lambda group: first(group) - group["truth"][:, :, 0]
-    return sum(Grid.of(e).energy_spectrum(e).sum(0) for e in map(error, starts.groups())) / len(starts.samples)
+    errors = map(error, starts.groups())
+    return sum(Grid.of(e).energy_spectrum(e).sum(0) for e in errors) / len(starts.samples)
 
 # %% ../../nbs/forecast/02_starts.ipynb #fd24bb54
 _SHOWN = (0.0, 0.05, 0.1, 0.17, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
