@@ -58,7 +58,8 @@ class Program(TyperGroup):
         "The parameters, those of completion hidden."
         params = super().get_params(ctx)
         for param in params:
-            param.hidden = getattr(param, "hidden", False) or param.name in ("install_completion", "show_completion")
+            if param.name in ("install_completion", "show_completion"):
+                param.hidden = True
         return params
 
 
@@ -78,7 +79,8 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="the version and commit")]
+_VERSION = typer.Option("--version", callback=_version, is_eager=True, help="the version and commit")
+Version = Annotated[bool, _VERSION]
 
 
 @app.callback(
@@ -137,8 +139,10 @@ def _run_names(incomplete: str) -> list[str]:
 _SET = "a value in place of the config's; can be repeated"
 _PARAMETER = "another parameter of the notebook; can be repeated"
 _LESSONS = "also execute what the chapter only explains and tries out"
-Set = Annotated[list[str], typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help=_SET)]
-Parameter = Annotated[list[str], typer.Option("--parameter", "-p", metavar="NAME=VALUE", help=_PARAMETER)]
+_set = typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help=_SET)
+_parameter = typer.Option("--parameter", "-p", metavar="NAME=VALUE", help=_PARAMETER)
+Set = Annotated[list[str], _set]
+Parameter = Annotated[list[str], _parameter]
 Lessons = Annotated[bool, typer.Option("--lessons/--no-lessons", help=_LESSONS)]
 
 
@@ -211,7 +215,8 @@ def _job(
         if error.code != 1:
             console.print(f"go on with: [cyan]{escape(again)}[/]")
         raise
-    console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s: {escape(nice(report.done))} and .html")
+    took = f"[green]done[/] in {time.monotonic() - start:.0f} s"
+    console.print(f"{took}: {escape(nice(report.done))} and .html")
 
 # %% ../nbs/cli.ipynb #25ba4387
 def nice(path: Path) -> str:
@@ -228,7 +233,7 @@ def _all(config: str, overrides: list[str], lessons: bool) -> None:
     for step in steps(config, overrides):
         table.add_row(step.chapter.name, escape(step.state))
     console.print(table)
-    for i in range(table.row_count):  # looked at anew: a stage that is made again makes the later ones stale
+    for i in range(table.row_count):  # looked at anew: what is made again makes later stages stale
         step = steps(config, overrides)[i]
         if step.due:
             _job(step.chapter.name, step.source, overrides, lessons=lessons)
@@ -244,10 +249,10 @@ def run(
     parameter: Parameter = [],
     lessons: Lessons = True,
 ) -> None:
-    """Run a chapter as a job; the executed notebook goes to the run folder. `all` runs every stage in turn.
+    """Run a chapter as a job; the executed notebook goes to the run folder. `all` runs every stage.
 
-    Exit codes: 0 done, 1 failed, 75 stopped by its wall-clock limit, 130 Ctrl-C, 138 kernel killed, 143 SIGTERM. After
-    75 to 143: turbvit resume.
+    Exit codes: 0 done, 1 failed, 75 stopped by its wall-clock limit, 130 Ctrl-C, 138 kernel killed,
+    143 SIGTERM. After 75 to 143: turbvit resume.
     """
     if chapter == "all":
         _all(config, set, lessons)
@@ -278,15 +283,15 @@ def resume(
         _job(stage, first["config"], [*first.get("overrides", []), *set], own, lessons)
 
 # %% ../nbs/cli.ipynb #9b8af77d
-COLOURS = {"done": "green", "running": "cyan", "starting": "cyan", "stopped": "yellow", "stale": "yellow"}
+COLOURS = {"done": "green", "running": "cyan", "starting": "cyan"} | dict.fromkeys(["stopped", "stale"], "yellow")
 _PLAIN = {"blown_up": "ended by blow-up"}  # words for the figures of a summary
 
 
 def _figures(values: dict) -> str:
     "The first few numbers as text, those in tables within included."
-    flat = [(_PLAIN.get(key, key), value) for key, value in values.items() if not isinstance(value, dict)]
-    tables = [(outer, table) for outer, table in values.items() if isinstance(table, dict)]
-    flat += [(f"{outer} {key}", value) for outer, table in tables for key, value in table.items()]
+    tables = {outer: table for outer, table in values.items() if isinstance(table, dict)}
+    flat = [(_PLAIN.get(key, key), value) for key, value in values.items() if key not in tables]
+    flat += [(f"{outer} {key}", table[key]) for outer, table in tables.items() for key in table]
     numbers = [f"{key} {value:.4g}" for key, value in flat if type(value) in (int, float)]
     return ", ".join(numbers[:4])
 
@@ -354,8 +359,8 @@ def status(
     "Show the stages of all runs."
     from turbvit_nb.lab.config import find_config, runs_dir
 
-    everywhere = (path.parent for depth in ("*", "*/*") for path in runs_dir().glob(f"{depth}/status.json"))
-    rows = status_rows([find_config(name) for name in runs] or sorted(everywhere))
+    files = [path for depth in ("*", "*/*") for path in runs_dir().glob(f"{depth}/status.json")]
+    rows = status_rows([find_config(name) for name in runs] or sorted(path.parent for path in files))
     if not rows:
         console.print(f"no runs in {escape(nice(runs_dir()))} yet; try [cyan]turbvit demo[/]")
         return
@@ -369,7 +374,8 @@ def _show(
     "Print facts as a table and doubts below it."
     table, before = Table("", "", "", box=None, show_header=False), None
     for section, key, value in rows:
-        table.add_row(f"[bold]{escape(section)}[/]" if section != before else "", key, escape(str(value)))
+        head = f"[bold]{escape(section)}[/]" if section != before else ""
+        table.add_row(head, key, escape(str(value)))
         before = section
     console.print(table)
     for warning in warnings:
@@ -459,16 +465,17 @@ def import_(
     variable: Annotated[str | None, typer.Option(help="omega, velocity, or u,v; usual names are found")] = None,
     axes: Annotated[str | None, typer.Option(help="letters of b t x y c, where the file does not tell")] = None,
     trajectory: Annotated[int | None, typer.Option(help="one of several, counted from 0")] = None,
-    t_save: Annotated[float | None, typer.Option("--t-save", help="time between frames, where it has no times")] = None,
-    length: Annotated[float | None, typer.Option(help="of the box, where it has no coordinates; else 2π")] = None,
+    t_save: Annotated[float | None, typer.Option(help="time between frames, where it has no times")] = None,
+    length: Annotated[float | None, typer.Option(help="of the box, where it has no coordinates")] = None,
     dtype: Annotated[str, typer.Option(help="float32, or float64")] = "float32",
 ) -> None:
-    "Copy frames of NumPy, NetCDF, HDF5 or Zarr into packed files, verified; restartable, and the source is left alone."
+    "Copy frames of NumPy, NetCDF, HDF5 or Zarr into packed files, verified; restartable."
     from turbvit_nb.lab.progress import progress
     from turbvit_nb.physics.importers import import_frames
 
-    how = dict(variable=variable, axes=axes, trajectory=trajectory, t_save=t_save, length=length, dtype=dtype)
-    for store in import_frames(source, target, _parameters(flow) or None, **how, progress=progress):
+    where = dict(variable=variable, axes=axes, trajectory=trajectory)
+    what = dict(t_save=t_save, length=length, dtype=dtype, progress=progress)
+    for store in import_frames(source, target, _parameters(flow) or None, **where, **what):
         console.print(f"[green]done[/]: {escape(nice(store.path))}")
 
 # %% ../nbs/cli.ipynb #3f1e817f
@@ -477,8 +484,10 @@ def import_(
 def pack(
     source: Annotated[Path, typer.Argument(help="a Py2D run folder …/dt…_IC…")],
     target: Annotated[Path, typer.Argument(help="the .h5 file to write")],
-    dtype: Annotated[str, typer.Option(help="float32, half the size and enough for training, or float64")] = "float32",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out frames that cannot be read, and say which")] = False,
+    dtype: Annotated[str, typer.Option(
+        help="float32, half the size and enough for training, or float64")] = "float32",
+    skip_bad: Annotated[bool, typer.Option(
+        "--skip-bad", help="leave out frames that cannot be read, and say which")] = False,
 ) -> None:
     "Write a Py2D tree of .mat files as one file, verified; restartable, and the tree is left alone."
     from turbvit_nb.lab.progress import progress
@@ -494,11 +503,14 @@ def pack(
 @plainly
 def gif(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="a run folder with rollouts")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="the file, .gif or .mp4; default: <run>/<run>.gif")] = None,
-    checkpoint: Annotated[list[str], typer.Option("--checkpoint", "-c", help="which; can be repeated. Default: the first and the last")] = [],
+    output: Annotated[Path | None, typer.Option(
+        "--output", "-o", help="the file, .gif or .mp4; default: <run>/<run>.gif")] = None,
+    checkpoint: Annotated[list[str], typer.Option(
+        "--checkpoint", "-c", help="which; can be repeated. Default: the first and the last")] = [],
     start: Annotated[int, typer.Option(help="which initial state, counted from 0")] = 0,
     frames: Annotated[int, typer.Option(help="pictures at most")] = 100,
-    stride: Annotated[int | None, typer.Option(help="states from picture to picture; default: so that the pictures show all of the record")] = None,
+    stride: Annotated[int | None, typer.Option(
+        help="states from picture to picture; default: the pictures show all of the record")] = None,
     error: Annotated[bool, typer.Option("--error", help="also show what each rollout gets wrong")] = False,
 ) -> None:
     "Show the truth beside the rollouts of a run as a GIF or an MP4 below 3 MB."
@@ -515,9 +527,10 @@ def gif(
 @plainly
 def explore(
     runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="run folders with short analyses")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="the file; default: explorer.html in the first run")] = None,
+    output: Annotated[Path | None, typer.Option(
+        "--output", "-o", help="the file; default: explorer.html in the first run")] = None,
 ) -> None:
-    "Write one HTML page in which to choose run, checkpoint and lead: fields, error, spectrum and skill. It needs no server and no network."
+    "Write one HTML page to look around in: fields, error, spectrum and skill. It needs no network."
     from turbvit_nb.lab.config import find_config
 
     folders = [find_config(name) for name in runs]
@@ -623,7 +636,8 @@ def demo_table(configs: Path) -> Table:
 @plainly
 def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: remove the demo's runs first")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="a tiny version that tests the machinery in a few minutes")] = False,
+    smoke: Annotated[bool, typer.Option(
+        "--smoke", help="a tiny version that tests the machinery in a few minutes")] = False,
 ) -> None:
     """The whole pipeline on a small data set: generate, train, prune, roll out, analyse, compare.
 

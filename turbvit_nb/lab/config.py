@@ -68,7 +68,8 @@ def is_users(
     if isinstance(error, LabError) or type(error).__module__.split(".")[0] == _PACKAGE.name:
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return type(error) is ValueError and bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    return type(error) is ValueError and ours
 
 
 def in_one_line(
@@ -78,7 +79,7 @@ def in_one_line(
     return (disk_trouble(error) if isinstance(error, OSError) else None) or str(error)
 
 # %% ../../nbs/lab/00_config.ipynb #55a1e14b
-def _in_cell(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
+def _in_cell(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None):
     "Show the error of a cell: one line for the user's, a traceback for ours."
     if is_users(error):
         shell._showtraceback(kind, error, [f"{kind.__name__}: {in_one_line(error)}"])
@@ -133,7 +134,7 @@ def _plain(value: object) -> object:
 
 # %% ../../nbs/lab/00_config.ipynb #67486959
 class Section(BaseModel):
-    "A section of the config: subclass it with typed fields. Unknown keys and wrong types raise `LabError`."
+    "A section of the config: subclass it with typed fields. Mistakes in keys raise `LabError`."
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, validate_default=False, allow_inf_nan=False
@@ -189,7 +190,7 @@ def runs_dir() -> Path:
 def data_path(
     path: str | os.PathLike,  # as the config gives it
 ) -> Path:  # absolute
-    "Where data is: as given if absolute or there, else under `$TURBVIT_DATA` or `data/` of the checkout."
+    "Where data is: as given if absolute or there, else under `$TURBVIT_DATA` or `data/` of `root`."
     path = Path(path).expanduser()
     if path.is_absolute() or path.exists():
         return path.absolute()
@@ -211,10 +212,11 @@ def run_folder(
 def _nearest(path: Path) -> str:
     "`; the nearest is …` among the files or runs of the same kind, or an empty string."
     if path.suffix:
-        shelves = [path.absolute().parent, nbs_dir() / path.parent]
+        shelves, own = [path.absolute().parent, nbs_dir() / path.parent], nbs_dir()
         known = {p.name: str(p) for shelf in shelves for p in sorted(shelf.glob("*.toml"))}
-        known |= {str(p.relative_to(nbs_dir())): str(p) for p in sorted(nbs_dir().glob("configs/**/*.toml"))}
-        near = get_close_matches(path.name, known, n=1, cutoff=0.5) or get_close_matches(str(path), known, n=1)
+        known |= {str(p.relative_to(own)): str(p) for p in sorted(own.glob("configs/**/*.toml"))}
+        near = get_close_matches(path.name, known, n=1, cutoff=0.5)
+        near = near or get_close_matches(str(path), known, n=1)
     else:
         known = {p.parent.name: f"runs/{p.parent.name}" for p in sorted(runs_dir().glob("*/config.toml"))}
         near = get_close_matches(path.name, known, n=1)
@@ -229,7 +231,7 @@ def _is_run(folder: Path) -> bool:
 def find_config(
     path: str | os.PathLike,  # a TOML file or a run folder
 ) -> Path:  # absolute
-    "The config or run folder meant by `path`: as given, below `nbs/`, or a run by its name. Raises `LabError`."
+    "The config or run meant by `path`: as given, below `nbs/`, or a run's name. Raises `LabError`."
     path = Path(path).expanduser()
     moved = bool(os.environ.get("TURBVIT_RUNS")) and not path.suffix and not path.is_absolute()
     if moved and _is_run(run_folder(path)):
@@ -293,8 +295,9 @@ def schemas() -> dict[str, EntryPoint]:
     "The announced sections by name. They are imported one by one, when a config needs them."
     group, package = "turbvit.sections", _PACKAGE.name
     others = [p for p in entry_points(group=group) if not p.value.startswith(f"{package}.")]
-    own = [EntryPoint(name, f"{package}.{where}", group) for name, where in registry()["sections"].items()]
-    return {point.name: point for point in [*others, *own]}
+    own = registry()["sections"].items()
+    ours = [EntryPoint(name, f"{package}.{where}", group) for name, where in own]
+    return {point.name: point for point in [*others, *ours]}
 
 
 def schema(name: str) -> type[Section]:
@@ -327,8 +330,11 @@ class Config:
 
 def _notes(top: Top) -> list[str]:
     "What a reader should know about keys that have no effect."
-    notes = ["wandb_id is ignored: a run logs to its own metrics.jsonl"] if top.wandb_id else []
-    return notes + (["run is ignored: output_dir says where the run is"] if top.run and top.output_dir else [])
+    ignored = {
+        "wandb_id is ignored: a run logs to its own metrics.jsonl": top.wandb_id,
+        "run is ignored: output_dir says where the run is": top.run and top.output_dir,
+    }
+    return [note for note, given in ignored.items() if given]
 
 # %% ../../nbs/lab/00_config.ipynb #6b1eaeb4
 @patch
@@ -348,7 +354,7 @@ def section(
     name: str,  # e.g. "training"
     default: Section | None = None,  # returned when the section is absent
 ) -> Section:  # an instance of the class announced for `name`
-    "The section `name`; its defaults when the file leaves it out and every key has one. Raises `LabError`."
+    "The section `name`, or its defaults when every key has one. Raises `LabError`."
     self.used.add(name)
     if name in self.sections:
         return self.sections[name]
@@ -403,7 +409,7 @@ def code_version() -> str:  # "turbvit_nb 0.1.0, commit 1a2b3c4 with changes"
         return version
     git = ["git", "-C", str(root()), "describe", "--always", "--abbrev=7", "--match=", "--dirty"]
     try:
-        said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
         return version
-    return f"{version}, commit {said.replace('-dirty', ' with changes')}"
+    return f"{version}, commit {done.stdout.strip().replace('-dirty', ' with changes')}"

@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from datetime import datetime
 from html import escape
 from pathlib import Path
 from queue import Queue
+from tempfile import TemporaryDirectory
 from threading import Thread
 from types import FrameType
 
@@ -82,11 +82,13 @@ def check(
 ) -> None:
     "Refuse a notebook that is not a job, and parameters that it does not have."
     if "config" not in self.parameters:
-        raise LabError(f"{self.path} cannot run as a job: it has no cell tagged `parameters` with a `config`")
+        lacks = "it has no cell tagged `parameters` with a `config`"
+        raise LabError(f"{self.path} cannot run as a job: {lacks}")
     for name in names:
         if name not in self.parameters:
             keys = "keys of the config are set by --set section.key=value"
-            raise LabError(f"{self.name} has no parameter {name}{hint(name, self.parameters)} ({keys})")
+            near = hint(name, self.parameters)
+            raise LabError(f"{self.name} has no parameter {name}{near} ({keys})")
 
 # %% ../../nbs/lab/08_jobs.ipynb #f6eb238b
 def chapters(
@@ -147,7 +149,8 @@ def wrapped(
     broken = []
     for line in text.split("\n"):
         prose = len(line) > width and "  " not in line.strip()
-        broken += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) if prose else [line]
+        whole = dict(break_long_words=False, break_on_hyphens=False)
+        broken += textwrap.wrap(line, width, **whole) if prose else [line]
     return "\n".join(broken)
 
 
@@ -177,12 +180,12 @@ def lessons(nb: NotebookNode) -> set[int]:  # indices of cells
 
 # %% ../../nbs/lab/08_jobs.ipynb #f7eec75d
 class JobClient(PapermillNotebookClient):
-    "papermill's client; the Run section speaks, and a signal that came between two cells is noticed."
+    "papermill's client; the Run section speaks, and a signal between two cells is noticed."
 
     signals: "Signals"  # shared with the job
 
     def __init__(self, nb_man, **kwargs):
-        hook = "--IPKernelApp.extra_extensions=turbvit_nb.lab.config"  # mistakes of the user's in one line
+        hook = "--IPKernelApp.extra_extensions=turbvit_nb.lab.config"  # mistakes in one line
         super().__init__(nb_man, on_cell_start=self._before_cell, extra_arguments=[hook], **kwargs)
         self.run_section, self.showing = run_heading(self.nb) or 0, False
         self.skipped: set[int] = set()
@@ -195,7 +198,9 @@ class JobClient(PapermillNotebookClient):
         self.showing = cell_index >= self.run_section
 
     def execute_cell(self, cell, cell_index, **kwargs):
-        return cell if cell_index in self.skipped else super().execute_cell(cell, cell_index, **kwargs)
+        if cell_index in self.skipped:
+            return cell
+        return super().execute_cell(cell, cell_index, **kwargs)
 
     def process_message(self, msg, cell, cell_index):
         if self.relay is not None and msg["msg_type"] == "stream":
@@ -217,17 +222,16 @@ class JobEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man, kernel_name, signals=None, environment=None, teach=True, stdout_file=None, stderr_file=None,
-        start_timeout=60, **_,
+        cls, nb_man, kernel_name, signals=None, environment=None, teach=True,
+        stdout_file=None, stderr_file=None, start_timeout=60, **_,
     ):
         "Run the cells in a new kernel, spoken to over sockets of the file system."
         nb_man.nb.metadata["turbvit"] = {"code": code_version(), "lessons": teach}
-        with tempfile.TemporaryDirectory(prefix="turbvit-") as folder, open(f"{folder}/stderr", "w+b") as stderr:
+        streams = dict(stdout_file=stdout_file, stderr_file=stderr_file)
+        with TemporaryDirectory(prefix="turbvit-") as folder, open(f"{folder}/stderr", "w+b") as stderr:
             sockets = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
-            client = JobClient(
-                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None,
-                config=Config(AsyncKernelManager=sockets), stdout_file=stdout_file, stderr_file=stderr_file,
-            )
+            start = dict(kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None)
+            client = JobClient(nb_man, config=Config(AsyncKernelManager=sockets), **start, **streams)
             client.signals, signals.client = signals, client
             client.skipped = set() if teach else lessons(nb_man.nb)
             wish = os.environ.get("TURBVIT_PROGRESS") or ("relay" if client.relay else "")
@@ -241,7 +245,7 @@ class JobEngine(NBClientEngine):
 
 
 papermill_engines.register("turbvit", JobEngine)
-logging.getLogger("papermill").setLevel(logging.ERROR)  # it doubts parameters: `Chapter.check` does not
+logging.getLogger("papermill").setLevel(logging.ERROR)  # its doubts are `Chapter.check`'s to have
 
 # %% ../../nbs/lab/08_jobs.ipynb #064b6573
 class Signals:
@@ -253,7 +257,8 @@ class Signals:
         self.client: JobClient | None = None
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -285,13 +290,14 @@ def explain(
     report: Path,  # the notebook that has it all
 ) -> str:  # for the terminal
     "The message of the user's own mistake, or the last lines of the traceback of ours."
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(error.traceback)) or error.evalue or error.ename
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(error.traceback))
+    text = text or error.evalue or error.ename
     if len(lines := text.splitlines()) == 1:
         return text.removeprefix(f"{error.ename}: ")
     return "\n".join([*lines[-12:], f"the whole traceback is in {report}"])
 
 # %% ../../nbs/lab/08_jobs.ipynb #30d55a58
-KILLED, TERMINATED, INTERRUPTED, RESUME = 138, 143, 130, 75  # exit codes; 75 is "try again later" in sysexits.h
+KILLED, TERMINATED, INTERRUPTED, RESUME = 138, 143, 130, 75  # in sysexits.h 75 is "try again later"
 
 
 def _outcome(
@@ -306,7 +312,8 @@ def _outcome(
         return JobError(f"{report.name} was {word}", code)
     if not isinstance(error, PapermillExecutionError):
         words = f"; its last words: {signals.last_words}" if signals.last_words else ""
-        return JobError(f"{report.name}: the kernel was killed, perhaps for want of memory{words}", KILLED)
+        told = "the kernel was killed, perhaps for want of memory"
+        return JobError(f"{report.name}: {told}{words}", KILLED)
     if error.ename in ("Stopped", "KeyboardInterrupt"):
         return JobError(f"{report.name}: {error.evalue or 'the kernel was interrupted'}", RESUME)
     os.replace(report.unfinished, report.failed)
@@ -324,12 +331,12 @@ def execute(
     chapter.check(parameters)
     report.folder.mkdir(parents=True, exist_ok=True)
     report.failed.unlink(missing_ok=True)
-    kernel = dict(engine_name="turbvit", kernel_name="python3", language="python", progress_bar=False)
-    streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
+    kernel = dict(engine_name="turbvit", kernel_name="python3", language="python")
+    streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False)
     with Signals() as signals:
-        job = dict(signals=signals, environment=environment, teach=teach)
+        job = kernel | streams | dict(signals=signals, environment=environment, teach=teach)
         try:
-            papermill.execute_notebook(chapter.path, report.unfinished, parameters, **kernel, **streams, **job)
+            papermill.execute_notebook(chapter.path, report.unfinished, parameters, **job)
         except (PapermillExecutionError, RuntimeError, KeyboardInterrupt) as error:
             raise _outcome(error, signals, report) from None
 
@@ -342,7 +349,8 @@ pre, code { font: 13px/1.45 ui-monospace, monospace }
 .output_stderr pre { color: #666 } .output_error pre { color: #a00 }
 .prompt, .anchor-link { display: none } img { max-width: 100% }
 blockquote { margin: 0; color: #666; font-style: italic }
-.output { overflow-x: auto } .code_cell { margin: .2rem 0 } caption { text-align: left } table { border-collapse: collapse; font-size: 14px }
+.output { overflow-x: auto } .code_cell { margin: .2rem 0 }
+table { border-collapse: collapse; font-size: 14px } caption { text-align: left }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
 td { white-space: nowrap } th:first-child, td:first-child { text-align: left }
 .cell { margin: .6rem 0 } header p { color: #666; font-size: 14px } math[display=block] { margin: .8rem 0 }
@@ -358,7 +366,7 @@ class MathRenderer(IPythonRenderer):
     "Markdown to HTML with MathML in place of TeX."
 
     def inline_math(self, body: str) -> str:
-        from latex2mathml.converter import convert  # read late: a report is the only thing that needs it
+        from latex2mathml.converter import convert  # only reports need it
 
         return convert(body, display="inline")
 
@@ -379,10 +387,11 @@ class ReportExporter(HTMLExporter):
 
     def markdown2html(self, context, source: str) -> str:
         attachments = context.get("cell", {}).get("attachments", {})
-        return MarkdownWithMath(renderer=MathRenderer(escape=False, attachments=attachments)).render(source)
+        renderer = MathRenderer(escape=False, attachments=attachments)
+        return MarkdownWithMath(renderer=renderer).render(source)
 
 
-ReportExporter.markdown2html.jinja_pass_arg = HTMLExporter.markdown2html.jinja_pass_arg  # "gets the context"
+ReportExporter.markdown2html.jinja_pass_arg = HTMLExporter.markdown2html.jinja_pass_arg  # the context
 
 # %% ../../nbs/lab/08_jobs.ipynb #ee1f5b5f
 def _made(nb: NotebookNode) -> str:
@@ -392,7 +401,8 @@ def _made(nb: NotebookNode) -> str:
     if notes.get("end_time"):
         words.append(f"{datetime.fromisoformat(notes['end_time']):%d %B %Y, %H:%M} UTC")
     if notes.get("duration"):
-        own = "" if nb.metadata.get("turbvit", {}).get("lessons") is False else ", its lessons included"
+        quick = nb.metadata.get("turbvit", {}).get("lessons") is False
+        own = "" if quick else ", its lessons included"
         words.append(f"took {clock(notes['duration'])}{own}")
     return "; ".join([*words, f"made by {code}"] if code else words)
 
@@ -404,11 +414,13 @@ def _page(nb: NotebookNode, notebook: Path) -> str:
     shown, chapter = (nb.cells, []) if run is None else (nb.cells[run:], nb.cells[:run])
     style = STYLE + HtmlFormatter(style="friendly").get_style_defs(".highlight")
     title = f"{notebook.stem} of {notebook.absolute().parent.name}"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{escape(title)}</title><style>{style}</style>"
     top = f"<header><h1>{escape(title)}</h1><p>{escape(_made(nb))}</p></header>"
     fold = '<details class="chapter"><summary>The chapter: what is done and why</summary>'
     parts = [top, body(shown), f"{fold}\n{body(chapter)}\n</details>" if chapter else ""]
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>{"".join(parts)}</body></html>\n'
+    page = f'<html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
+    return f"<!DOCTYPE html>\n{page}\n"
 
 # %% ../../nbs/lab/08_jobs.ipynb #e9520613
 _PROGRESS = r"^.*\d+(/\d+)?, (\d+ s|[\d:]+)(, .*)?\n"  # see `Meter.line`
@@ -472,7 +484,8 @@ def plan_job(
     folder, settings = plan_run(find_config(config), chapter.stage, parameters["overrides"])
     if folder is None:
         remedy = "add one, or give --set output_dir=runs/name"
-        raise LabError(f"{config} names no output_dir, so there is no folder for the report; {remedy}")
+        lacks = "names no output_dir, so there is no folder for the report"
+        raise LabError(f"{config} {lacks}; {remedy}")
     for name in (".lock", JOB_LOCK) if folder.exists() else ():
         Lock(folder, name=name).release()  # or say who holds it
     return Job(chapter, folder, settings, parameters, teach)
@@ -480,11 +493,12 @@ def plan_job(
 # %% ../../nbs/lab/08_jobs.ipynb #4cfb8a95
 @patch
 def run(self: Job) -> Report:  # of the finished stage
-    "Execute the chapter and keep the report in the run folder. Raises `JobError`, which has an exit code."
+    "Execute the chapter, keep the report. Raises `JobError`, which has an exit code."
     self.folder.mkdir(parents=True, exist_ok=True)
     lock, report = Lock(self.folder, name=JOB_LOCK), self.report
     try:
-        execute(self.chapter, report, self.parameters, {"TURBVIT_JOB": str(self.folder)}, self.teach)
+        planned = {"TURBVIT_JOB": str(self.folder)}
+        execute(self.chapter, report, self.parameters, planned, self.teach)
         state = stages(self.folder).get(self.chapter.stage, {}).get("state", "done")
         if state != "done":
             os.replace(report.unfinished, report.failed)
@@ -516,7 +530,8 @@ def unopened(
     for path in sorted(folder.glob(".*.unfinished.ipynb")):
         stage = Chapter(folder / path.name.removeprefix(".").replace(".unfinished", "")).stage
         if stage not in known:
-            found[stage] = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+            notes = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
+            found[stage] = notes["parameters"]
     return found
 
 
@@ -532,12 +547,14 @@ def next_stage(
 ) -> str:  # e.g. "prune"
     "The first stage of a run that has begun and is not done. Raises `LabError` when there is none."
     entries = stages(folder)
-    begun = [*(stage for stage, entry in entries.items() if entry["state"] != "done"), *unopened(folder)]
+    begun = [stage for stage, entry in entries.items() if entry["state"] != "done"]
+    begun += unopened(folder)
     if begun:
         return begun[0]
     if not entries:
         raise LabError(f"{folder} holds no run: it has no stage in a status.json")
-    old = [f"{stage} is older than {entry['stale']}" for stage, entry in entries.items() if "stale" in entry]
+    newer = {stage: entry["stale"] for stage, entry in entries.items() if "stale" in entry}
+    old = [f"{stage} is older than {earlier}" for stage, earlier in newer.items()]
     remedy = "; ".join([*old, "name a stage to do it again"])
     raise LabError(f"{folder}: nothing to resume, done are {', '.join(entries)}; {remedy}")
 
@@ -547,7 +564,7 @@ class Step:
     "A stage on the way through a config."
 
     chapter: Chapter
-    state: str  # "done", "to do", "to go on with", "to do again: prune is newer", "left out: no [pruning]"
+    state: str  # "done", "to do", "to go on with: stopped", "to do again: …", "left out: …"
     source: str  # the config, or the run folder where the stage has begun
 
     @property
@@ -567,20 +584,24 @@ def steps(
     folder = path if path.is_dir() else run_folder(name) if name else None
     entries = stages(folder) if folder else {}
     through = [chapter for chapter in chapters() if chapter.stage in known]
-    return [_step(c, settings.has(known[c.stage]["section"]), entries.get(c.stage), str(config), folder) for c in through]
+    lacks = {c.stage: s for c in through if not settings.has(s := known[c.stage]["section"])}
+    state = {c.stage: _how_far(entries.get(c.stage), lacks.get(c.stage)) for c in through}
+    source = lambda stage: str(folder if stage in entries else config)
+    return [Step(c, state[c.stage], source(c.stage)) for c in through]
 
 # %% ../../nbs/lab/08_jobs.ipynb #2a047b01
-def _step(chapter: Chapter, wanted: bool, entry: dict | None, config: str, folder: Path | None) -> Step:
-    "How far one stage is."
-    if not wanted:
-        return Step(chapter, f"left out: no [{registry()['stages'][chapter.stage]['section']}] in the config", config)
+def _how_far(
+    entry: dict | None,  # of the stage in the status
+    lacks: str | None,  # the section that the config has not
+) -> str:
+    "The state of a step."
+    if lacks:
+        return f"left out: no [{lacks}] in the config"
     if entry is None:
-        return Step(chapter, "to do", config)
+        return "to do"
     if entry["state"] != "done":
-        return Step(chapter, f"to go on with: {entry['state']}", str(folder))
-    if "stale" in entry:
-        return Step(chapter, f"to do again: {entry['stale']} is newer", str(folder))
-    return Step(chapter, "done", str(folder))
+        return f"to go on with: {entry['state']}"
+    return f"to do again: {entry['stale']} is newer" if "stale" in entry else "done"
 
 # %% ../../nbs/lab/08_jobs.ipynb #2067dc99
 class Together:

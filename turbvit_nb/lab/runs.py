@@ -63,7 +63,7 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def atomic(
     path: str | os.PathLike,  # the file to make or replace
-) -> Iterator[Path]:  # where to write it in the meantime: a new name in the same folder with the same suffix
+) -> Iterator[Path]:  # where to write it in the meantime: beside it, with the same suffix
     "A file that appears whole or not at all; the folder is made. A full disk raises `LabError`."
     path = Path(path)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
@@ -86,7 +86,7 @@ def earlier(
     path: Path,
     read: Callable[[Path], Any],
 ) -> Any:
-    "What `read` makes of a file that an earlier job left; None where there is none, or, with a note, where it is damaged."
+    "What `read` makes of an earlier job's file; None where there is none or, with a note, it is damaged."
     if not path.exists():
         return None
     try:
@@ -117,7 +117,8 @@ def _plain_only(value: object, where: str) -> None:
         for i, item in enumerate(value):
             _plain_only(item, f"{where}[{i}]")
     elif type(value) not in (torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)):
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+        kind = type(value).__name__
+        raise TypeError(f"{where} is a {kind}; a checkpoint holds tensors and plain values only")
 
 # %% ../../nbs/lab/02_runs.ipynb #a153ae3c
 def write_checkpoint(
@@ -137,7 +138,7 @@ def read_checkpoint(
     device: str | torch.device = "cpu",  # where the tensors go
     mmap: bool = False,  # leave the tensors on the disk until they are used
 ) -> dict:  # what was written
-    "Read a checkpoint without running code from it. Raises `LabError` in one line when that cannot be done."
+    "Read a checkpoint without running code from it. Raises `LabError` when that cannot be done."
     path = Path(path)
     if not path.is_file():
         beside = ", ".join(sorted(p.stem for p in path.parent.glob("*.tar"))) or "none"
@@ -145,10 +146,11 @@ def read_checkpoint(
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap and is_zipfile(path))
     except pickle.UnpicklingError:
-        what = "no checkpoint of tensors and plain values only; it is not opened, because it could run code"
-        raise LabError(f"{path} is {what}") from None
+        what = "no checkpoint of tensors and plain values only"
+        raise LabError(f"{path} is {what}; it is not opened, because it could run code") from None
     except (RuntimeError, EOFError, KeyError, ValueError):
-        raise LabError(f"{path} is damaged or is no torch file; delete it and use another checkpoint") from None
+        remedy = "delete it and use another checkpoint"
+        raise LabError(f"{path} is damaged or is no torch file; {remedy}") from None
 
 # %% ../../nbs/lab/02_runs.ipynb #bd89e808
 def _flock(file: IO, kind: int) -> bool:
@@ -161,7 +163,7 @@ def _flock(file: IO, kind: int) -> bool:
 
 
 class Lock:
-    "An exclusive lock on a folder, until `release` or the end of the process. Raises `LabError` naming the holder."
+    "An exclusive lock on a folder, until `release` or the process ends. Raises `LabError`."
 
     def __init__(self, folder: Path, patience: float = 0.5, name: str = ".lock"):
         self.path = folder / name
@@ -208,7 +210,7 @@ def seed_everything(seed: int) -> None:
 def resolve_device(
     name: str,  # "auto" or a torch device
 ) -> torch.device:  # one that exists here
-    "The device a config means; `auto` takes an accelerator where there is one. Raises `LabError` for one that is absent."
+    "The device a config means; `auto` takes an accelerator where there is one. Raises `LabError`."
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -236,7 +238,8 @@ def _read_status(folder: Path) -> dict:  # "id" and "stages"
         status = json.loads(file.read_text())
         status["stages"].values()
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise LabError(f"{file} is damaged; delete it, and run the stages again that are not done") from None
+        remedy = "delete it, and run the stages again that are not done"
+        raise LabError(f"{file} is damaged; {remedy}") from None
     return status
 
 # %% ../../nbs/lab/02_runs.ipynb #c7e35809
@@ -258,7 +261,7 @@ def _renewed(entries: dict[str, dict], stage: str) -> str | None:
 def stages(
     folder: str | os.PathLike,  # a run folder
 ) -> dict[str, dict]:  # by stage: state, started, ended, process, host, used sections, summary
-    "The stages of a run. `state` is running, done, stopped, failed or killed; `stale` names what is newer."
+    "The stages: `state` is running, done, stopped, failed or killed, `stale` what is newer."
     entries = _read_status(Path(folder))["stages"]
     alive = bool(entries) and locked(Path(folder))
     for name, entry in entries.items():
@@ -277,7 +280,7 @@ def read_metrics(
     file = Path(folder) / "metrics.jsonl"
     lines = file.read_text().split("\n") if file.exists() else [""]
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is a torn line or nothing
+    for number, line in enumerate(lines[:-1], start=1):  # the last is a torn line or nothing
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -286,7 +289,7 @@ def read_metrics(
 
 # %% ../../nbs/lab/02_runs.ipynb #89b40707
 class Stopped(KeyboardInterrupt):
-    "A job that was stopped in good order, by Ctrl-C, a signal or the clock: resume it with the run folder."
+    "A job that was stopped in good order, by Ctrl-C, a signal or the clock: it can be resumed."
 
     def _render_traceback_(self) -> list[str]:
         "What IPython shows in place of a traceback: the one line."
@@ -311,7 +314,8 @@ class Run:
         lock: Lock,  # of the folder
         scratch: bool = False,  # a temporary folder, removed at exit
     ):
-        self.path, self.config, self.stage, self.scratch, self._lock = path, config, stage, scratch, lock
+        self.path, self.config, self.stage = path, config, stage
+        self.scratch, self._lock = scratch, lock
         self.device = resolve_device(config.top.device)
         elsewhere = config.top.checkpoint_dir
         self.checkpoints = run_folder(elsewhere) if elsewhere else path / "checkpoints"
@@ -319,7 +323,8 @@ class Run:
         self.id, before = status.get("id") or os.urandom(6).hex(), status["stages"].get(stage, {})
         kept = {key: before[key] for key in ("wrote", "used", "threads", "changed") if key in before}
         self.opened = lock.path.stat().st_mtime_ns
-        self.stage_status = {"state": "running", "started": _now(), "threads": torch.get_num_threads()} | kept
+        new = {"state": "running", "started": _now(), "threads": torch.get_num_threads()}
+        self.stage_status = new | kept
         self._threads_note()
         who = {"process": os.getpid(), "host": socket.gethostname(), "code": code_version()}
         self._set_state("running", opened=self.opened, **who)
@@ -351,7 +356,8 @@ def _threads_note(self: Run) -> None:
     before, now = self.stage_status["threads"], torch.get_num_threads()
     if before != now:
         remedy = f"set threads = {before} to get the same bits as without the stop"
-        note(f"{self.stage} was begun with {before} threads of torch and goes on with {now}: {remedy}")
+        threads = f"{before} threads of torch and goes on with {now}"
+        note(f"{self.stage} was begun with {threads}: {remedy}")
 
 
 @patch
@@ -364,7 +370,7 @@ def _set_state(self: Run, state: str, **more: Any) -> None:
     _write_json(self.path / "status.json", status)
 
 # %% ../../nbs/lab/02_runs.ipynb #d183d2e2
-_OWN = {"config.toml", "status.json", "metrics.jsonl", ".lock", ".job"}  # what a run writes about itself
+_OWN = {"config.toml", "status.json", "metrics.jsonl", ".lock", ".job", ".id"}  # about the run itself
 
 
 def _left_something(
@@ -373,8 +379,9 @@ def _left_something(
 ) -> bool:
     "Whether a file was made in the folder, reports and the run's own records aside."
     reports = {path for kind in ("ipynb", "html") for path in folder.glob(f"*.{kind}")}
-    files = (path for path in folder.rglob("*") if path.name not in _OWN and ".part" not in path.name)
-    return any(path not in reports and path.is_file() and path.stat().st_mtime_ns >= since for path in files)
+    skip = lambda path: path in reports or path.name in _OWN or ".part" in path.name
+    files = (path for path in folder.rglob("*") if not skip(path) and path.is_file())
+    return any(path.stat().st_mtime_ns >= since for path in files)
 
 
 def _counts(
@@ -424,12 +431,13 @@ def has(self: Run, name: str) -> bool:
 # %% ../../nbs/lab/02_runs.ipynb #e5e3e42b
 @patch
 def start_checkpoint(self: Run) -> Path:
-    "The checkpoint a stage starts from: `checkpoint_file`, else this run's own best. Raises `LabError`."
+    "What a stage starts from: `checkpoint_file`, else the run's own best. Raises `LabError`."
     named, own = self.config.top.checkpoint_file, self.checkpoints
     if named is None:
         if self.has("best"):
             return own / "best.tar"
-        raise LabError(f"{self.path} has no checkpoints/best.tar to start from; train first, or set checkpoint_file")
+        remedy = "train first, or set checkpoint_file"
+        raise LabError(f"{self.path} has no checkpoints/best.tar to start from; {remedy}")
     for path in [Path(named).expanduser(), run_folder(named), own / named, own / f"{named}.tar"]:
         if path.is_file():
             return path.absolute()
@@ -497,7 +505,8 @@ def interrupted(self: Run, error: BaseException | None = None) -> None:
     "Record that the stage did not end: stopped on an interrupt, failed on another error."
     if _open.get(self.path) is self:
         stopped = error is None or isinstance(error, KeyboardInterrupt)
-        why = {} if error is None else {"error": f"{type(error).__name__}: {in_one_line(error)}".splitlines()[0]}
+        line = lambda: f"{type(error).__name__}: {in_one_line(error)}".splitlines()[0]
+        why = {} if error is None else {"error": line()}
         self._end("stopped" if stopped else "failed", **why)
 
 
@@ -569,7 +578,7 @@ def _merge(
     config: Config,  # of the joining stage
     history: dict[str, dict],  # the stages that count
 ) -> Config:  # for both
-    "The run's config with the joining stage's keys. Raises `LabError` where an earlier stage used another value."
+    "The run's config with the joining stage's keys. Raises `LabError` where history contradicts."
     old = load_config(folder)
     users = {name: stage for stage, entry in history.items() for name in entry.get("used", [])}
     merged, resolved = old.to_dict(), config.to_dict()
@@ -604,11 +613,11 @@ def _check_owner(
     remedy = "give each run a checkpoint_dir of its own, or leave it out"
     for path in sorted(place.glob("*.tar")):
         state = read_checkpoint(path, mmap=True)
-        owner = state.get("run_id")
+        owner, holds = state.get("run_id"), f"checkpoint_dir = {place} holds {path.name} of"
         if owner is not None and owner != own.get("id"):
-            raise LabError(f"checkpoint_dir = {place} holds {path.name} of the run {state['run_name']}; {remedy}")
+            raise LabError(f"{holds} the run {state['run_name']}; {remedy}")
         if owner is None and path.stem == "last" and not own["stages"]:
-            raise LabError(f"checkpoint_dir = {place} holds {path.name} of an earlier run; {remedy}")
+            raise LabError(f"{holds} an earlier run; {remedy}")
 
 # %% ../../nbs/lab/02_runs.ipynb #035b0923
 def _place(
@@ -651,7 +660,7 @@ def open_run(
     stage: str,  # "train", "prune", "inference", …
     overrides: Iterable[str] = (),  # "section.key=value"
 ) -> Run:  # open, locked, seeded
-    "Open a run for a stage. Raises `LabError` for a mistake in the config and when another process writes there."
+    "Open a run for a stage. Raises `LabError` for a mistake, and when another process writes there."
     folder, settings = plan_run(find_config(config), stage, overrides)
     scratch = folder is None
     folder = Path(tempfile.mkdtemp(prefix="turbvit-")) if scratch else folder
