@@ -7,6 +7,9 @@ __all__ = ['PALETTE', 'UPDATE', 'RESTORE', 'colour_scale', 'field_panel', 'with_
            'band_of', 'mark', 'knobs', 'wrapped', 'field_rows', 'curve_row', 'climate_tab', 'page', 'html_of']
 
 # %% ../../nbs/study/07_page.ipynb #d9b9cd04
+import base64
+import gzip
+import html
 import json
 import math
 from collections.abc import Sequence
@@ -63,7 +66,7 @@ def field_panel(
     "An empty square panel over [0, 2π)²."
     whole = Range1d(0, 2 * math.pi)
     panel = figure(title=title, frame_width=side, frame_height=side, x_range=whole, y_range=whole,
-                   tools="", toolbar_location=None)
+                   tools="", toolbar_location=None, styles={"flex": "none"}, min_border_right=14)
     source = ColumnDataSource({"image": [np.zeros((2, 2), np.float32)]})
     drawn = panel.image("image", x=0, y=0, dw=2 * math.pi, dh=2 * math.pi, source=source, color_mapper=colours)
     told = [("x, y", "$x{0.00}, $y{0.00}"), ("value", "@image{0.00}")]
@@ -78,7 +81,7 @@ def field_panel(
 def with_bar(panel: Model, colours: LinearColorMapper) -> Model:
     "The panel with a colour bar at its right."
     bar = ColorBar(color_mapper=colours, width=10, padding=4, ticker=BasicTicker(desired_num_ticks=5),
-                   background_fill_alpha=0)
+                   background_fill_alpha=0, major_label_text_font_size="8pt", label_standoff=4)
     panel.add_layout(bar, Place.right)
     return panel
 
@@ -86,7 +89,8 @@ def with_bar(panel: Model, colours: LinearColorMapper) -> Model:
 def history_panel(title: str, colours: LinearColorMapper) -> tuple[Model, ColumnDataSource]:
     "An empty panel of y against time, whose source has the image, where it begins and how long it is."
     panel = figure(title=title, frame_width=400, frame_height=170, y_range=Range1d(0, 2 * math.pi),
-                   x_range=Range1d(0, 1), tools="", toolbar_location=None, x_axis_label="time units", y_axis_label="y")
+                   x_range=Range1d(0, 1), tools="", toolbar_location=None, x_axis_label="time units",
+                   y_axis_label="y", styles={"flex": "none"})
     source = ColumnDataSource({"image": [np.zeros((2, 2), np.float32)], "x": [0], "dw": [1]})
     drawn = panel.image("image", x="x", y=0, dw="dw", dh=2 * math.pi, source=source, color_mapper=colours)
     panel.add_tools(HoverTool(tooltips=[("t, y", "$x{0.0}, $y{0.00}"), ("U", "@image{0.00}")], renderers=[drawn]))
@@ -106,7 +110,8 @@ def line_panel(
 ) -> tuple[Model, dict[str, ColumnDataSource]]:  # the figure, and for each line the source with its x and y
     "A figure of lines that are still empty, their names below it."
     size = {"width": 500, "height": 350, "tools": "pan,box_zoom,wheel_zoom,reset,save"}
-    panel = figure(toolbar_location="above", x_axis_label=xlabel, y_axis_label=ylabel, **(size | axes))
+    size |= {"toolbar_location": "above", "x_axis_label": xlabel, "y_axis_label": ylabel}
+    panel = figure(**(size | axes))
     sources, form = {}, "@y{0.000e+0}" if axes.get("y_axis_type") == "log" else "@y{0.000}"
     for name, look in looks(names).items():
         sources[name] = ColumnDataSource({"x": [], "y": []})
@@ -312,6 +317,16 @@ for (const [panel, key] of [['ratio', 'ratio'], ['pdf', pdf], ['jets', 'jets']])
 }
 const rows = climates.ratio.truth.data.x
 ratio_x.setv({start: 0.9, end: 1.1 * Math.max(1, shown.cutoff_wavenumber || Math.max(1, ...rows.filter(isFinite)))})
+const spanned = (range, values, log) => {
+  const known = values.filter(v => isFinite(v) && (!log || v > 0)), low = Math.min(...known), high = Math.max(...known)
+  const room = 0.05 * (high - low)
+  if (known.length) range.setv(log ? {start: low / 2, end: high * 2} : {start: low - room, end: high + room})
+}
+for (const [ranges, lines, log] of [[pdf_ranges, climates.pdf, true], [jet_ranges, climates.jets, false]]) {
+  const all = Object.values(lines), seen = all.flatMap(s => Array.from(s.data.x).filter((_, i) => isFinite(s.data.y[i])))
+  spanned(ranges[0], seen, false)
+  spanned(ranges[1], all.flatMap(s => Array.from(s.data.y)), log)
+}
 pdf_axis.axis_label = `${pdf === 'pdf_u' ? 'u' : 'ω'} (${units[pdf === 'pdf_u' ? 'u' : 'omega']})`
 let wide = 0
 for (const [name, all] of Object.entries(of_climate)) {
@@ -366,11 +381,9 @@ window.restoring = true
 const set = (knob, value) => { if (value !== null) knob.value = value }
 const known = (list, name) => list.includes(asked.get(name)) ? asked.get(name) : null
 set(run, known(run.options, 'run'))
-const mine = entries.filter(e => e.run === run.value)
-checkpoint.options = mine.map(e => e.checkpoint)
+checkpoint.options = Object.keys(offers[run.value])
 checkpoint.value = known(checkpoint.options, 'checkpoint') || checkpoint.options[0]
-const shown = mine.find(e => e.checkpoint === checkpoint.value)
-start.options = shown.starts.map(s => s.name)
+start.options = offers[run.value][checkpoint.value]
 start.value = known(start.options, 'start') || start.options[0]
 set(field, known(field.options.map(o => o[0]), 'of'))
 set(score, known(score.options.map(o => o[0]), 'score'))
@@ -453,19 +466,23 @@ def curve_row(baselines: Sequence[str]) -> tuple[Model, dict]:
 # %% ../../nbs/study/07_page.ipynb #36072c4e
 def climate_tab() -> tuple[Model, dict]:
     "The climates: ratio of spectra, distribution, jets, Hovmöller diagrams; and the names for the script."
-    who, small = ["truth", "forecast", "beside"], {"width": 345, "height": 330}
+    who, small = ["truth", "forecast", "beside"], {"width": 345, "height": 330, "toolbar_location": None, "tools": ""}
     ratio, ratio_lines = line_panel(who, "wavenumber k", "E(k) / E(k) of the truth", title="spectrum over the truth's",
                                     x_axis_type="log", x_range=Range1d(1, 32), y_range=Range1d(0, 2), **small)
     ratio.xaxis.ticker = FixedTicker(ticks=[2**i for i in range(11)])
-    pdf, pdf_lines = line_panel(who, "u", "probability density", title="distribution", y_axis_type="log", **small)
-    jets, jet_lines = line_panel(who, "U (length/time)", "y", title="mean zonal flow: the jets", **small)
+    free = lambda: {"x_range": Range1d(0, 1), "y_range": Range1d(1e-6, 1)}
+    pdf, pdf_lines = line_panel(who, "u", "probability density", title="distribution", y_axis_type="log", **small, **free())
+    jets, jet_lines = line_panel(who, "U (length/time)", "y", title="mean zonal flow: the jets", **small, **free())
+    jets.yaxis.ticker, jets.yaxis.major_label_overrides = FixedTicker(ticks=list(_PI)), _PI
     lines = {"ratio": ratio_lines, "pdf": pdf_lines, "jets": jet_lines}
     bands = {name: {one: band_of(panel, i) for i, one in enumerate(who)} for name, panel in (("ratio", ratio), ("pdf", pdf))}
     scale = colour_scale()
+    scale.tags = ["history"]  # another scale than that of the maps
     history = {name: history_panel(f"U(y, t) of the {name}", scale) for name in who}
     with_bar(history["forecast"][0], scale)
     panels = {name: panel for name, (panel, _) in history.items()}
     names = {"climates": lines, "climate_bands": bands, "ratio_x": ratio.x_range, "pdf_axis": pdf.xaxis[0]}
+    names |= {"pdf_ranges": [pdf.x_range, pdf.y_range], "jet_ranges": [jets.x_range, jets.y_range]}
     names |= {"histories": panels, "history_sources": {name: source for name, (_, source) in history.items()}}
     names |= {"history_ranges": {name: panel.x_range for name, panel in panels.items()}, "history_colours": scale}
     names |= {"history_titles": {name: panel.title for name, panel in panels.items()}, "no_climate": Div(text="")}
@@ -506,29 +523,54 @@ def _tie(document: Document, widgets: dict[str, Model], known: dict) -> None:
     known["tabs"].js_on_change("active", update)
     play = {name: widgets[name] for name in ("play", "lead")}
     widgets["play"].js_on_change("active", CustomJS(args=play, code=_PLAY))
-    restore = CustomJS(args=widgets | {"entries": known["entries"], "tabs": known["tabs"], "update": update}, code=RESTORE)
+    offers: dict[str, dict[str, list[str]]] = {}
+    for part in known["entries"]:
+        starts = [start["name"] for start in part["starts"]]
+        offers.setdefault(part["run"], {})[part["checkpoint"]] = starts
+    restore = CustomJS(args=widgets | {"offers": offers, "tabs": known["tabs"], "update": update}, code=RESTORE)
     restore.args["restore"] = restore
     document.js_on_event("document_ready", restore)
 
 # %% ../../nbs/study/07_page.ipynb #642f0fe7
 _SHELL = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>body {{ margin: 1rem auto; max-width: 68rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222 }} h1 {{ font-size: 1.3rem; margin: 0 }} p {{ margin: .2rem 0 .8rem }}</style>
-{scripts}</head><body>
+<style>
+body {{ margin: 1rem auto; max-width: 68rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222 }}
+h1 {{ font-size: 1.3rem; margin: 0 }} p {{ margin: .2rem 0 .8rem }}
+</style></head><body>
 <h1>{title}</h1>
-<p>Choose a run, one of its checkpoints, a start and a lead; fields, error, spectrum and score follow. What is <i>beside it</i> is another forecast; a click on a name in a legend hides its line. The address keeps the state: mail it, and the reader sees what you see.</p>
+<p>Choose a run, one of its checkpoints, a start and a lead; fields, error, spectrum and score follow.
+What is <i>beside it</i> is another forecast; a click on a name in a legend hides its line.
+The address keeps the state: mail it, and the reader sees what you see.</p>
+<noscript><p>This page needs JavaScript. It holds {labels}.</p></noscript>
 <div id="explorer"></div>
-<script type="application/json" id="document">{document}</script>
+<script type="text/plain" id="scripts">{scripts}</script>
+<script type="text/plain" id="document">{document}</script>
 <script>
-const read = JSON.parse(document.getElementById("document").textContent)
-Bokeh.embed.embed_items({{page: read}}, [{{docid: "page", roots: {{"{root}": "explorer"}}, root_ids: ["{root}"]}}])
+const unpacked = name => {{
+  const bytes = Uint8Array.from(atob(document.getElementById(name).textContent), c => c.charCodeAt(0))
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text()
+}}
+const open_page = async () => {{
+  const script = document.createElement("script")
+  script.textContent = await unpacked("scripts")
+  document.head.append(script)
+  const read = JSON.parse(await unpacked("document"))
+  Bokeh.embed.embed_items({{page: read}}, [{{docid: "page", roots: {{"{root}": "explorer"}}, root_ids: ["{root}"]}}])
+}}
+open_page()
 </script></body></html>
 """
 
 
-def html_of(document: Document) -> str:
-    "One HTML page with the document, its data and Bokeh's scripts inside."
-    scripts = Resources(mode="inline", components=["bokeh", "bokeh-widgets"]).js_raw
-    inside = "\n".join(f"<script>{script}</script>" for script in scripts)
-    told = json.dumps(document.to_json(deferred=False), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    return _SHELL.format(title=document.title, scripts=inside, document=told, root=document.roots[0].id)
+def _packed(text: str) -> str:
+    "The text, packed and in letters; the same for the same text."
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def html_of(document: Document, labels: Sequence[str]) -> str:
+    "One HTML page with the document, its data and Bokeh's scripts inside; `labels` tell what it holds."
+    scripts = "\n;\n".join(Resources(mode="inline", components=["bokeh", "bokeh-widgets"]).js_raw)
+    told = json.dumps(document.to_json(deferred=False), ensure_ascii=False, separators=(",", ":"))
+    packed = {"scripts": _packed(scripts), "document": _packed(told)}
+    return _SHELL.format(title=document.title, labels=html.escape(", ".join(labels)), root=document.roots[0].id, **packed)
