@@ -56,7 +56,7 @@ class Explorer:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(path.as_uri() + f"#{state}" * bool(state))
-        self.page.wait_for_function("window.Bokeh && Bokeh.documents.length === 1 && Bokeh.documents[0].is_idle")
+        self.page.wait_for_function("window.Bokeh && Bokeh.documents.length === 1 && Bokeh.documents[0].is_idle", timeout=90_000)
 
     def choose(self, knob: str, label: str) -> None:
         self.page.get_by_label(knob, exact=True).select_option(label=label)
@@ -204,6 +204,8 @@ def test_error_on_its_own_scale_and_play(explorer):
     explorer.page.wait_for_function("[...Bokeh.documents[0].all_models].find(m => m.type === 'Slider').value === 3")
     explorer.page.wait_for_function("[...Bokeh.documents[0].all_models].find(m => m.type === 'Slider').value === 0")
     play.click()
+    explorer.page.wait_for_function("!window.playing || ![...Bokeh.documents[0].all_models].find(m => m.type === 'Toggle').active")
+    explorer.lead(0)
     assert explorer.cursor() == pytest.approx(0.1)
 
 
