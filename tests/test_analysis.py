@@ -156,9 +156,10 @@ def test_a_study_from_training_to_verdict(study, home):
     (home / "compare.toml").write_text('output_dir = "study"\n[compare]\nruns = ["pruned", "control"]\nleads = [5, 10]\n')
     entries, missing, said = go(home / "compare.toml", "compare", compare)
     assert [entry.role for entry in entries] == ["dense", "pruned", "dense", "control"] and not missing
-    assert any("against its control" in line or "its control's" in line for line in said)
+    assert any("against its control" in part.sentence or "its control's" in part.sentence for part in said)
     told = json.loads((home / "runs" / "study" / "comparison.json").read_text())
-    assert [row["remaining"] for row in told["rows"]][1] == pytest.approx(0.5, abs=0.01) and told["verdict"] == said
+    assert [row["remaining"] for row in told["rows"]][1] == pytest.approx(0.5, abs=0.01) and told["verdict"] == [part.sentence for part in said]
+    assert [row["model"] for row in told["scorecard"]] == [row["label"] for row in told["rows"]]
     table = xr.load_dataset(home / "runs" / "study" / "comparison.nc", engine="h5netcdf")
     assert table.sizes["entry"] == 4 and table["ACC u at 5"].notnull().all()
 

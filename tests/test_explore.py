@@ -3,12 +3,14 @@ import io
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from PIL import Image
 from typer.testing import CliRunner
 
 from turbvit_nb.cli import app
 from turbvit_nb.explore import explore
+from turbvit_nb.physics.spectral import Grid
 
 SHOWN, LEADS, STARTS = [1, 5, 10, 20], 20, 3
 
@@ -46,15 +48,15 @@ def study(tmp_path_factory):
 class Explorer:
     "The page as a reader has it: knobs to turn, and what is drawn."
 
-    def __init__(self, browser, path):
+    def __init__(self, browser, path, state: str = ""):
         self.complaints, self.asked = [], []
         context = browser.new_context(viewport={"width": 1150, "height": 1000}, offline=True)
         self.page = context.new_page()
         self.page.on("console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_function("window.Bokeh && Bokeh.documents.length === 1 && Bokeh.documents[0].is_idle")
+        self.page.goto(path.as_uri() + f"#{state}" * bool(state))
+        self.page.wait_for_function("window.Bokeh && Bokeh.documents.length === 1 && Bokeh.documents[0].is_idle", timeout=90_000)
 
     def choose(self, knob: str, label: str) -> None:
         self.page.get_by_label(knob, exact=True).select_option(label=label)
@@ -70,8 +72,9 @@ class Explorer:
             handle.press("ArrowRight")
 
     def images(self) -> list[np.ndarray]:
-        "The fields that are drawn: truth, forecast, error; rows from the bottom."
-        read = """() => [...Bokeh.documents[0].all_models].filter(m => m.type === 'GlyphRenderer' && m.glyph.type === 'Image')
+        "The maps that are drawn: truth, forecast, error, and where one is beside: the difference, it, and its error; rows from the bottom."
+        read = """() => [...Bokeh.documents[0].all_models].filter(m => m.type === 'Figure' && m.visible)
+                  .flatMap(f => f.renderers.filter(m => m.glyph.type === 'Image' && !m.data_source.data.dw))
                   .map(m => ({shape: m.data_source.data.image[0].shape, values: [...m.data_source.data.image[0]]}))"""
         return [np.array([np.nan if v is None else v for v in part["values"]], float).reshape(part["shape"]) for part in self.page.evaluate(read)]
 
@@ -109,7 +112,7 @@ def explorer(browser, written):
     page = Explorer(browser, written)
     yield page
     assert page.complaints == []
-    assert all(url.startswith("file:") and url.endswith("explorer.html") for url in page.asked), page.asked
+    assert all(url.startswith("file:") and url.partition("#")[0].endswith("explorer.html") for url in page.asked), page.asked
     page.page.context.close()
 
 
@@ -130,7 +133,7 @@ def test_it_opens_and_draws_the_first_entry_at_the_middle_lead(explorer, study):
     x, y = explorer.lines("score against lead")["forecast"]
     np.testing.assert_allclose(x, 0.1 * np.arange(1, 21), rtol=1e-6)
     np.testing.assert_allclose(y, 1 - 0.01 * np.arange(1, 21), rtol=1e-6)
-    assert "ACC of u 0.900, against persistence 0.000" in explorer.words
+    assert "ACC of ω 0.900, against persistence 0.000" in explorer.words
     assert explorer.cursor() == pytest.approx(1.0)
 
 
@@ -141,7 +144,7 @@ def test_lead_moves_fields_spectrum_and_cursor(explorer):
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(after, before))
     np.testing.assert_allclose(explorer.lines("energy per shell at this lead")["truth"][1], spectrum * 21 / 11, rtol=1e-5)
     assert explorer.cursor() == pytest.approx(2.0)
-    assert "at step 20: ACC of u 0.800" in explorer.words and "lead: 20 steps, 2.00 time units" in explorer.words
+    assert "at step 20: ACC of ω 0.800" in explorer.words and "lead: 20 steps, 2.00 time units" in explorer.words
     assert (explorer.picture() != picture).any(-1).mean() > 0.02
 
 
@@ -152,13 +155,13 @@ def test_checkpoint_and_run_change_what_is_shown(explorer):
     pruned = explorer.images()
     np.testing.assert_array_equal(pruned[0], dense[0])
     np.testing.assert_allclose(pruned[1], 0.6 * dense[0], atol=0.15)
-    assert "vit · 50 % at step 10: ACC of u 0.700" in explorer.words
+    assert "vit · 50 % at step 10: ACC of ω 0.700" in explorer.words
     explorer.choose("run", "unet")
     assert explorer.options("checkpoint") == ["best"]
     assert explorer.images()[0].shape == (16, 16)
     assert explorer.lines("score against lead")["linear model"][1][0] == pytest.approx(0.96)
-    assert "unet · dense at step 5: ACC of u 0.750" in explorer.words  # the same time, which is another step
-    assert "its ACC of u falls below 0.6 at step 9 (1.80 time units, interval 9 to 9)" in explorer.words
+    assert "unet · dense at step 5: ACC of ω 0.750" in explorer.words  # the same time, which is another step
+    assert "its ACC of ω falls below 0.6 at step 9 (1.80 time units, interval 9 to 9)" in explorer.words
     assert explorer.cursor() == pytest.approx(1.0)
     explorer.choose("run", "vit")
     assert len(explorer.lines("score against lead")["linear model"][0]) == 0  # this run has no such baseline
@@ -168,6 +171,7 @@ def test_score_field_and_the_line_beside(explorer):
     assert explorer.options("score") == ["ACC", "RMSE"]
     assert len(explorer.lines("score against lead")["beside"][0]) == 0
     explorer.choose("score", "RMSE")
+    explorer.choose("of", "u")
     explorer.choose("of", "ω")
     explorer.choose("beside it", "vit · 50 %")
     lines = explorer.lines("score against lead")
@@ -184,12 +188,12 @@ def test_a_blow_up_is_grey_and_said(explorer):
     explorer.lead(3)
     truth, forecast, error = explorer.images()
     assert np.isfinite(truth).all() and np.isnan(forecast).all() and np.isnan(error).all()
-    assert "ACC of u not finite" in explorer.words
+    assert "ACC of ω not finite" in explorer.words
     assert (np.abs(explorer.picture().astype(int) - 0xBB).max(-1) < 3).mean() > 0.08  # two grey panels
 
 
 def test_error_on_its_own_scale_and_play(explorer):
-    read = "[...Bokeh.documents[0].all_models].filter(m => m.type === 'LinearColorMapper').map(m => m.high)"
+    read = "[...Bokeh.documents[0].all_models].filter(m => m.type === 'LinearColorMapper' && !m.tags.length).map(m => m.high)"
     assert len(set(explorer.page.evaluate(read))) == 1
     explorer.page.get_by_role("checkbox").check()
     error = explorer.images()[2]
@@ -200,7 +204,61 @@ def test_error_on_its_own_scale_and_play(explorer):
     explorer.page.wait_for_function("[...Bokeh.documents[0].all_models].find(m => m.type === 'Slider').value === 3")
     explorer.page.wait_for_function("[...Bokeh.documents[0].all_models].find(m => m.type === 'Slider').value === 0")
     play.click()
+    explorer.page.wait_for_function("!window.playing || ![...Bokeh.documents[0].all_models].find(m => m.type === 'Toggle').active")
+    explorer.lead(0)
     assert explorer.cursor() == pytest.approx(0.1)
+
+
+def test_the_field_that_is_chosen_is_drawn(explorer, study):
+    "u and v follow from the vorticity in the browser, as they do from `Grid`."
+    truth = xr.load_dataset(study / "vit" / "short_analyses" / "best.nc", engine="h5netcdf")
+    omega = torch.from_numpy(truth.omega_truth[2].values.astype(float))
+    exact = dict(zip("uv", Grid.of(omega).velocity(omega).numpy()))
+    for name in "uv":
+        explorer.choose("of", name)
+        true, forecast, error = explorer.images()
+        size = np.abs(exact[name]).max()
+        np.testing.assert_allclose(true, exact[name].T, atol=0.01 * size)
+        np.testing.assert_allclose(forecast, 0.9 * exact[name].T, atol=0.01 * size)
+        np.testing.assert_allclose(error, -0.1 * exact[name].T, atol=0.001 * size)
+        assert f"ACC of {name} 0.900" in explorer.words
+
+
+def test_the_forecast_beside_has_fields_and_a_difference(explorer):
+    explorer.choose("beside it", "vit · 50 %")
+    truth, forecast, error, difference, beside, its_error = explorer.images()
+    np.testing.assert_allclose(beside, 0.6 * truth, atol=0.15)
+    np.testing.assert_allclose(its_error, -0.4 * truth, atol=0.15)
+    np.testing.assert_allclose(difference, error - its_error, atol=1e-5)
+    explorer.choose("beside it", "unet · dense")  # another grid: no difference can be taken
+    assert np.isnan(explorer.images()[3]).all() and explorer.images()[4].shape == (16, 16)
+    explorer.choose("beside it", "nothing")
+    assert len(explorer.images()) == 3
+
+
+def test_maps_are_square(explorer):
+    read = "[...Bokeh.documents[0].all_models].filter(m => m.type === 'Figure' && m.title.text.includes('truth')).map(m => [m.inner_width, m.inner_height])"
+    width, height = explorer.page.evaluate(read)[0]
+    assert width == height == 250
+
+
+def test_the_address_keeps_the_state(explorer, browser, written):
+    explorer.choose("checkpoint", "prune1_remaining_50.0")
+    explorer.choose("beside it", "vit · dense")
+    explorer.choose("of", "v")
+    explorer.choose("score", "RMSE")
+    explorer.lead(1)
+    address = explorer.page.url
+    assert "checkpoint=prune1_remaining_50.0" in address and "of=v" in address and "lead=0.5" in address
+    again = Explorer(browser, written, address.partition("#")[2])
+    assert again.page.url == address and again.complaints == []
+    assert "RMSE of v 0.300" in again.words and "lead: 5 steps" in again.words
+    for mine, theirs in zip(again.images(), explorer.images(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    again.page.context.close()
+    wrong = Explorer(browser, written, "run=nobody&lead=x&of=w")  # what is not there is left as it opens
+    assert "vit · dense at step 10" in wrong.words and wrong.complaints == []
+    wrong.page.context.close()
 
 
 def test_command(study, tmp_path, monkeypatch):

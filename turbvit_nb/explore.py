@@ -26,7 +26,8 @@ def explore(
     target = Path(target) if target else next(iter(by_name.values())) / "explorer.html"
     if target.is_dir():
         raise LabError(f"{target} is a folder: name the HTML file to write")
-    html = html_of(page(collect(by_name, budget)))
+    parts = collect(by_name, budget)
+    html = html_of(page(parts), [part["label"] for part in parts])
     with atomic(target) as part:
         part.write_text(html, encoding="utf-8")
     return target

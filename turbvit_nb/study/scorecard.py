@@ -22,7 +22,7 @@ from .differences import reach_difference, same_starts
 from .entries import BUDGETED, HEADLINE, Entry, climate_bias, drift_words
 
 # %% ../../nbs/study/02_scorecard.ipynb #5ec05b1e
-from ..forecast.reading import curve, horizons
+from ..short_analysis import curve, horizons
 
 # %% ../../nbs/study/02_scorecard.ipynb #31478e9c
 MARKS = {"ok": "✓", "beyond": "!", "far": "!!", "unknown": "?"}  # mark: its sign
