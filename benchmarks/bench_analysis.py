@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fields import packed_run
-from turbvit_nb.inference import RolloutWriter, open_rollout
+from turbvit_nb.climate.rollouts import RolloutWriter, open_rollout
 from turbvit_nb.climate.diagnostics import Setting, block_frames
 from turbvit_nb.climate.keys import AnalysisConfig
 from turbvit_nb.climate.passes import accumulate, climate_dataset, in_processes, switched_on

@@ -22,7 +22,8 @@ from turbvit_nb.climate.passes import accumulate, climate_dataset, in_processes,
 from turbvit_nb.climate.records import Record, rollout_record, truth_records
 from turbvit_nb.compare import compare
 from turbvit_nb.datasets import DatasetConfig, open_dataset
-from turbvit_nb.inference import infer, open_rollouts
+from turbvit_nb.climate.rollouts import open_rollouts
+from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.long_analysis import long_analysis

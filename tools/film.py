@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from matplotlib.font_manager import findfont
 from scipy.signal import resample
 
-from turbvit_nb.inference import open_rollouts
+from turbvit_nb.climate.rollouts import open_rollouts
 from turbvit_nb.lab.plots import DIVERGING, shared_limit
 
 EDGE, GAP = 26, 10  # pixels above and below, and between the panels

@@ -594,7 +594,8 @@ def title_of(
 
 def demo_movie(folder: Path) -> bool:
     "The truth beside the dense and the most pruned model; False when it was there."
-    from turbvit_nb.inference import open_rollouts, run_movie
+    from turbvit_nb.climate.rollouts import open_rollouts
+    from turbvit_nb.inference import run_movie
 
     target, names = folder / "demo.gif", list(open_rollouts(folder))
     if target.exists():

@@ -30,7 +30,7 @@ from .study.scorecard import score_rows
 from .study.verdict import Finding, verdict
 
 # %% ../nbs/07_compare.ipynb #eac30500
-from .short_analysis import curve
+from .forecast.reading import curve
 
 # %% ../nbs/07_compare.ipynb #6317ac0a
 def comparison_dataset(entries: Sequence[Entry], leads: Sequence[int]) -> xr.Dataset:

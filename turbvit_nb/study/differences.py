@@ -22,8 +22,8 @@ from ..physics.statistics import block_length, block_replicates, percentile_inte
 from .entries import HEADLINE, REACHES, Entry, step_at, study_step
 
 # %% ../../nbs/study/01_differences.ipynb #794d1fce
-from ..long_analysis import climate_distances, climate_summary, summary_distances
-from ..short_analysis import CRITERIA
+from ..climate.distances import climate_distances, climate_summary, summary_distances
+from ..forecast.reading import CRITERIA
 
 # %% ../../nbs/study/01_differences.ipynb #db294879
 def control_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:

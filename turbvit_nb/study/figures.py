@@ -15,10 +15,12 @@ import numpy as np
 
 from ..lab.plots import curves, forest, looks, spectra
 from .differences import difference_curve, paired, pairs_of, share_curve
-from .entries import HEADLINE, Entry, climate_bias, drift_words, row, study_step
+from ..climate.distances import climate_bias
+from .entries import HEADLINE, Entry, drift_words, row, study_step
 
 # %% ../../nbs/study/05_figures.ipynb #be0d01a4
-from ..short_analysis import LABELS, curve, forecasts_in, horizons, wave_marks
+from ..forecast.reading import curve, forecasts_in, horizons
+from ..forecast.scores import LABELS, wave_marks
 
 # %% ../../nbs/study/05_figures.ipynb #04bd64e4
 MORE = ("#882255", "#999933", "#332288", "#666666")  # after the lab's six colours; Tol's muted scheme

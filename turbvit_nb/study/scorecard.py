@@ -19,10 +19,11 @@ import xarray as xr
 
 from ..lab.plots import Table, interval_text
 from .differences import reach_difference, same_starts
-from .entries import BUDGETED, HEADLINE, Entry, climate_bias, drift_words
+from ..climate.distances import BUDGETED, climate_bias
+from .entries import HEADLINE, Entry, drift_words
 
 # %% ../../nbs/study/02_scorecard.ipynb #5ec05b1e
-from ..short_analysis import curve, horizons
+from ..forecast.reading import curve, horizons
 
 # %% ../../nbs/study/02_scorecard.ipynb #31478e9c
 MARKS = {"ok": "✓", "beyond": "!", "far": "!!", "unknown": "?"}  # mark: its sign

@@ -21,8 +21,9 @@ from ..physics.spectral import Grid
 from .entries import Entry, entries_of
 
 # %% ../../nbs/study/06_shown.ipynb #2dd1d6b6
-from ..inference import Rollout, open_rollouts
-from ..short_analysis import LABELS, curve, curve_interval, horizons, wave_marks
+from ..climate.rollouts import open_rollouts, Rollout
+from ..forecast.reading import curve, curve_interval, horizons
+from ..forecast.scores import LABELS, wave_marks
 
 # %% ../../nbs/study/06_shown.ipynb #eae5a30f
 def quantise(

@@ -12,15 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..lab.plots import Table, interval_text
 from .differences import differences
-from turbvit_nb.study.entries import (
-    BUDGETED,
-    REACHES,
-    Entry,
-    climate_bias,
-    drift_words,
-    step_at,
-    study_step,
-)
+from ..climate.distances import BUDGETED, climate_bias
+from .entries import REACHES, Entry, drift_words, step_at, study_step
 from .scorecard import horizon_text, percent
 
 # %% ../../nbs/study/04_tables.ipynb #aeb71125

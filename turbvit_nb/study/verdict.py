@@ -24,7 +24,8 @@ from turbvit_nb.study.differences import (
     reach_difference,
     same_starts,
 )
-from .entries import BUDGETED, HEADLINE, REACHES, Entry, climate_bias, drift_words
+from ..climate.distances import BUDGETED, climate_bias
+from .entries import HEADLINE, REACHES, Entry, drift_words
 from .scorecard import behind, farthest, horizon_text, percent, ratio_to_chance
 
 # %% ../../nbs/study/03_verdict.ipynb #f9725a82
