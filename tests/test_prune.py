@@ -243,7 +243,8 @@ def test_masks_only_grow(reference):
 def same_end(run_path: Path, reference_path: Path) -> None:
     "Both ended with the same bits."
     ours, theirs = (read_checkpoint(path / "checkpoints" / f"{FINAL}.tar") for path in (run_path, reference_path))
-    assert ours.pop("run")["name"] == run_path.name and theirs.pop("run")["name"] == reference_path.name
+    assert ours.pop("run_name") == run_path.name and theirs.pop("run_name") == reference_path.name
+    assert ours.pop("run_id") != theirs.pop("run_id")
     assert equal(ours, theirs)
 
 
@@ -459,7 +460,7 @@ def test_older_checkpoints_are_known_by_their_names(home, reference):
     control.finish()
     for path in [*folder.glob("checkpoints/*.tar"), *control.checkpoints.glob("*.tar")]:
         state = read_checkpoint(path)
-        write_checkpoint(path, {key: value for key, value in state.items() if key not in ("identity", "run")})
+        write_checkpoint(path, {key: value for key, value in state.items() if key not in ("identity", "run_id", "run_name")})
     (folder / "checkpoints" / f"{FINAL}.tar").unlink()  # the second stage is done again, from the first
     run = open_run(folder, "prune")
     assert prune(run) == reference[1]

@@ -1,4 +1,5 @@
 """Training that does not know what it trains: an autoencoder in a run folder, killed and resumed; shared folders."""
+import json
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def plain(folder: Path) -> dict:
     "All checkpoints of a run without what tells one run, or one minute, from another."
     states = {path.stem: read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("*.tar"))}
     for state in states.values():
-        del state["run"], state["callbacks"]["Log"]
+        del state["run_id"], state["run_name"], state["callbacks"]["Log"]
     return states
 
 
@@ -228,7 +229,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(home):
         small(home, "older", callbacks=[Stop()], ema=0.9)
     last = home / "runs" / "older" / "checkpoints" / "last.tar"
     state = read_checkpoint(last)
-    write_checkpoint(last, {key: value for key, value in state.items() if key not in ("identity", "run", "updates")})
+    write_checkpoint(last, {key: value for key, value in state.items() if key not in ("identity", "run_id", "run_name", "updates")})
     for a, b in zip(small(home, "older", ema=0.9).parameters(), small(home, "left_alone", ema=0.9).parameters()):
         assert torch.equal(a, b)
 
@@ -271,8 +272,9 @@ def test_older_checkpoints_belong_to_the_run_that_had_begun(home):
     small(home, "first", top=SHARED)
     for path in (home / "runs" / "ck").iterdir():
         state = read_checkpoint(path)
-        write_checkpoint(path, {key: value for key, value in state.items() if key not in ("identity", "run")})
-    (home / "runs" / "first" / ".id").unlink()
+        write_checkpoint(path, {key: value for key, value in state.items() if key not in ("identity", "run_id", "run_name")})
+    file = home / "runs" / "first" / "status.json"
+    file.write_text(json.dumps({"stages": json.loads(file.read_text())["stages"]}))
     small(home, "first", top=SHARED)
     with pytest.raises(LabError, match="holds the checkpoints of another run"):
         small(home, "second", top=SHARED)
@@ -283,7 +285,7 @@ def test_two_that_begin_at_once_do_not_overwrite_each_other(home):
         order = -99
 
         def before_fit(self, learner):
-            state = {"run": {"name": "rival", "id": "other"}}
+            state = {"run_id": "other", "run_name": "rival"}
             write_checkpoint(home / "runs" / "ck" / "last.tar", state)
 
     with pytest.raises(LabError, match="holds the checkpoints of run rival"):

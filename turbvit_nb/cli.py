@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WELCOME', 'app', 'console', 'Version', 'Set', 'Parameter', 'Lessons', 'COLOURS', 'Program', 'welcome', 'plainly',
-           'check_data', 'check_checkpoint', 'nice', 'run', 'resume', 'status_rows', 'status', 'check', 'inspect',
-           'example', 'generate', 'import_', 'pack', 'gif', 'explore', 'demo_data', 'demo_step', 'demo_run', 'title_of',
-           'demo_movie', 'demo_rows', 'demo_table', 'demo', 'main']
+           'nice', 'run', 'resume', 'status_rows', 'status', 'check', 'inspect', 'example', 'generate', 'import_',
+           'pack', 'gif', 'explore', 'demo_data', 'demo_step', 'demo_run', 'title_of', 'demo_movie', 'demo_rows',
+           'demo_table', 'demo', 'main']
 
 # %% ../nbs/cli.ipynb #048955e2
 import functools
@@ -164,33 +164,6 @@ def _parameters(texts: Iterable[str]) -> dict:
             given[name] = value
     return given
 
-# %% ../nbs/cli.ipynb #5194167a
-def check_data(
-    settings: Any,  # the `Config` of the job
-) -> None:
-    "Open the data sections of a config: ranges, missing frames, overlaps, size. Nothing is checked that still has to be generated."
-    from turbvit_nb.datasets import check_disjoint, open_dataset
-    from turbvit_nb.lab.config import LabError, data_path
-
-    names = [n for n in ("train_dataset", "validation_dataset", "test_dataset") if settings.has(n) and not settings.section(n).skip_bad]
-    if settings.has("generate") and not (data_path(settings.section("generate").data_dir) / "generate.json").exists():
-        return
-    model = settings.section("model") if settings.has("model") else None
-    opened = {}
-    for name in names:
-        lazily = settings.section(name).model_copy(update={"mode": "read"})
-        opened[name] = open_dataset(lazily, model.fields if model else ("u", "v"), model.num_frames if model else None, name)
-        if model and opened[name].NX != model.img_size:
-            raise LabError(f"model.img_size = {model.img_size}, but the frames of [{name}] are {opened[name].NX}²")
-    check_disjoint(*opened.values())
-
-# %% ../nbs/cli.ipynb #4ccb5012
-def check_checkpoint(settings: Any) -> None:
-    "Open the checkpoint that a config starts from, if it names a file: it must hold a model, and that of [model]."
-    from turbvit_nb.model import check_start
-
-    check_start(settings, settings.section("model") if settings.has("model") else None)
-
 # %% ../nbs/cli.ipynb #ecbfcf38
 def _job(
     chapter: str,
@@ -203,8 +176,6 @@ def _job(
     from turbvit_nb.lab.jobs import JobError, plan_job
 
     job = plan_job(chapter, config, overrides, parameters, lessons)
-    check_data(job.config)
-    check_checkpoint(job.config)
     console.print(f"[bold]{job.chapter.name}[/] in {escape(nice(job.folder))}")
     start = time.monotonic()
     try:

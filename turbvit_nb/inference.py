@@ -22,11 +22,11 @@ from torch import Generator, Tensor
 from .climate.rollouts import Limits, Rollout, RolloutWriter, blown_up, limits_of, open_rollouts
 from .datasets import FrameDataset, check_fit, ensure_data, open_dataset, scored_section, to_velocity
 from .lab.checkpoints import as_state, identify, parse_name, results_in
-from .lab.config import LabError, Section
+from .lab.config import Config, LabError, Section
 from .lab.films import make_movie
 from .lab.progress import Meter, note
 from .lab.runs import Run, atomic
-from .model import Kind, State, evaluating, load_emulator, states
+from .model import Kind, State, check_start, evaluating, load_emulator, states
 
 # %% ../nbs/04_inference.ipynb #877d6e99
 class InferenceConfig(Section):
@@ -41,6 +41,11 @@ class InferenceConfig(Section):
     max_growth: float = Field(5.0, gt=1)  # blown up is what leaves the climate by this factor
     members: int = Field(1, gt=0)  # rollouts of a stochastic emulator from each start
     seed: int | None = Field(None, ge=0)  # of their noise; that of the run unless given
+
+    def check(self, config: Config, name: str) -> None:
+        "Look at the checkpoint to start from before anything runs; with [model], that does."
+        if not config.has("model"):
+            check_start(config)
 
 # %% ../nbs/04_inference.ipynb #b614cbc2
 def start_data(

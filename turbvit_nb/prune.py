@@ -26,12 +26,12 @@ from .forecast.validation import Validation, can_roll
 from turbvit_nb.lab.checkpoints import (
     Identity, check_owner, identify, identity_of, results_in, save,
 )
-from .lab.config import LabError, Section, hint, run_folder
+from .lab.config import Config, LabError, Section, hint, run_folder
 from .lab.learner import EMA, Callback
 from .lab.progress import note
 from .lab.runs import Run, read_checkpoint
 from .lab.training import build_optimizer
-from .model import Emulator, emulator_state, load_emulator, losses
+from .model import Emulator, check_start, emulator_state, load_emulator, losses
 from turbvit_nb.train import (
     TrainingConfig, build_batches, build_data, build_validation, fit_emulator,
 )
@@ -63,6 +63,11 @@ class PruningConfig(Section):
         _known(self.scope, SCOPES, "scope")
         schedule(self.prune_schedule, self.epoch_schedule)
         return self
+
+    def check(self, config: Config, name: str) -> None:
+        "Look at the checkpoint to start from before anything runs; with [model], that does."
+        if not config.has("model"):
+            check_start(config)
 
 # %% ../nbs/03_prune.ipynb #be307d10
 class FinetuningConfig(TrainingConfig):

@@ -370,7 +370,7 @@ def _set_state(self: Run, state: str, **more: Any) -> None:
     _write_json(self.path / "status.json", status)
 
 # %% ../../nbs/lab/02_runs.ipynb #d183d2e2
-_OWN = {"config.toml", "status.json", "metrics.jsonl", ".lock", ".job", ".id"}  # about the run itself
+_OWN = {"config.toml", "status.json", "metrics.jsonl", ".lock", ".job"}  # about the run itself
 
 
 def _left_something(
