@@ -173,7 +173,7 @@ def test_run_of_a_chapter_does_not_lean_on_its_lessons(chapter):
     nb = nbformat.read(chapter.path, 4)
     run, left_out = jobs.run_heading(nb), jobs.lessons(nb)
     code = [(i, cell) for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and i not in left_out]
-    there = names([cell for _, cell in code], ast.Store) | set(dir(builtins))
+    there = names([cell for _, cell in code], ast.Store) | set(dir(builtins)) | {"display"}  # of IPython
     assert left_out and names([cell for i, cell in code if i > run], ast.Load) <= there
 
 
@@ -258,18 +258,35 @@ def test_runs_are_found_where_the_environment_says(place, tmp_path, monkeypatch)
 
 def test_commands_of_other_modules_are_wired(monkeypatch, tmp_path):
     "`check`, `inspect` and `import` print what `examine` and `importers` find."
+    from turbvit_nb.inspection import Examination
+
     examine, importers, seen = ModuleType("examine"), ModuleType("importers"), []
     facts = [("train_dataset", "frames", "30"), ("train_dataset", "grid", "16²"), ("model", "parameters", "9,000")]
-    examine.check_config = lambda path, overrides: (seen.append((path, overrides)), (facts, ["12 GB will not fit"]))[1]
-    examine.inspect_path = lambda path: ([("checkpoint", "role", "pruned [x]")], [])
+    told = [Examination("my", facts, ["12 GB will not fit"], ok) for ok in (True, False)]
+    examine.check_config = lambda path, overrides: (seen.append((path, overrides)), told.pop(0))[1]
+    examine.inspect_path = lambda path, full: Examination("best", [("checkpoint", "role", f"pruned [x] {full}")])
     importers.import_frames = lambda source, target, regime, **how: seen.append((str(source), regime, how["variable"])) or []
     monkeypatch.setitem(sys.modules, "turbvit_nb.examine", examine)
     monkeypatch.setitem(sys.modules, "turbvit_nb.physics.importers", importers)
     result = turbvit("check", "my.toml", "-s", "seed=3")
-    assert result.exit_code == 0 and "9,000" in result.output and "warning: 12 GB will not fit" in result.output
-    assert "pruned [x]" in turbvit("inspect", "best.tar").output
+    assert result.exit_code == 0 and "9,000" in result.output and "note: 12 GB will not fit" in result.output
+    result = turbvit("check", "my.toml")
+    assert result.exit_code == 1 and "mistake: 12 GB will not fit" in result.output
+    assert "pruned [x] True" in turbvit("inspect", "best.tar", "--full").output
     assert turbvit("import", "a.npz", "b.h5", "-f", "Re=1000", "--variable", "omega").exit_code == 0
-    assert seen == [("my.toml", ["seed=3"]), ("a.npz", {"Re": 1000}, "omega")]
+    assert seen == [("my.toml", ["seed=3"]), ("my.toml", []), ("a.npz", {"Re": 1000}, "omega")]
+
+
+def test_check_and_inspect_look_at_real_files(place):
+    "Nothing is run, and nothing is left behind."
+    before = sorted(place.rglob("*"))
+    result = turbvit("check", config(place, "looked_at"))
+    assert result.exit_code == 0 and "samples" in result.output and "02_train" in result.output
+    result = turbvit("check", config(place, "looked_at"), "--set", "model.patch_size=5")
+    assert result.exit_code == 1 and "patch_size" in result.output
+    result = turbvit("inspect", place / "flow")
+    assert result.exit_code == 0 and "Re200" in result.output and "40 frames" in result.output
+    assert [path for path in sorted(place.rglob("*")) if path.suffix != ".toml"] == [path for path in before if path.suffix != ".toml"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- mistakes in the data

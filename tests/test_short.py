@@ -510,7 +510,7 @@ def test_mistakes_cost_one_line(folder, home):
         assert "\n" not in str(error.value)
 
     fails(r"max_leadtime = 90 needs 93 frames in a row; the longest range of \[test_dataset\] has 90", "analysis.max_leadtime=90")
-    fails("train_dataset and test_dataset share 10 frames", "test_dataset.trajectories=[2]", "test_dataset.frame_range=[[61, 91]]", "validation_dataset.frame_range=[[51, 61]]")
+    fails("train_dataset and test_dataset share 10 frames", "test_dataset.trajectories=[2]", "test_dataset.frame_range=[[61, 91]]", "validation_dataset.trajectories=[3]")
     fails("climo_dataset and test_dataset share 31 frames", 'climo_dataset.data_dir="flow"', "climo_dataset.trajectories=[3]", "climo_dataset.frame_range=[[60, 91]]")
     fails("lyapunov_time = 1 is too short", "analysis.lyapunov_time=1.0")
     fails("no checkpoint bets in .*; it holds best", 'analysis.checkpoints=["bets"]')

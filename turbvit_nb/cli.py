@@ -339,18 +339,18 @@ def status(
 
 # %% ../nbs/cli.ipynb #09694766
 def _show(
-    rows: Iterable[tuple[str, str, str]],  # section, key, value
-    warnings: Iterable[str],
+    found: Any,  # the `Examination`
 ) -> None:
-    "Print facts as a table and doubts below it."
-    table, before = Table("", "", "", box=None, show_header=False), None
-    for section, key, value in rows:
-        head = f"[bold]{escape(section)}[/]" if section != before else ""
-        table.add_row(head, key, escape(str(value)))
-        before = section
+    "Print facts as a table and doubts below it. Exits with 1 where a job would fail."
+    table = Table("", "", "", box=None, show_header=False)
+    for section, key, value in found.shown:
+        table.add_row(f"[bold]{escape(section)}[/]", escape(key), escape(value))
     console.print(table)
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
+    word = "[yellow]note:[/]" if found.ok else "[bold red]mistake:[/]"
+    for warning in found.warnings:
+        console.print(f"{word} {escape(warning)}", soft_wrap=True)
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -362,18 +362,20 @@ def check(
     "Say what a config asks for and what it takes: data, sizes, memory, time. Nothing is run."
     from turbvit_nb.examine import check_config
 
-    _show(*check_config(config, set))
+    _show(check_config(config, set))
 
 
 @app.command()
 @plainly
 def inspect(
-    path: Annotated[str, typer.Argument(help="a checkpoint, a Py2D tree or a packed file")],
+    path: Annotated[str, typer.Argument(
+        help="a checkpoint, a Py2D tree, a packed file, a rollout, a result or a run")],
+    full: Annotated[bool, typer.Option("--full", help="read every frame, not the ends only")] = False,
 ) -> None:
     "Say what a file or a tree of files holds."
     from turbvit_nb.examine import inspect_path
 
-    _show(*inspect_path(path))
+    _show(inspect_path(path, full))
 
 # %% ../nbs/cli.ipynb #59abb048
 def _examples() -> dict[str, Path]:
@@ -554,13 +556,12 @@ def demo_run(configs: Path, cores: int) -> None:
 
 # %% ../nbs/cli.ipynb #d7ae8906
 def title_of(
-    checkpoint: str,  # "best", "prune3_remaining_50.0"
+    identity: Any,  # of a checkpoint
     network: str = "ViT",
 ) -> str:
     "What a checkpoint is, in words."
-    if checkpoint == "best":
-        return f"{network}, dense"
-    return f"{network}, {float(checkpoint.rsplit('_', 1)[1]):.0f} % of the weights"
+    words = identity.label.replace("%", "% of the weights")
+    return f"{network}, {words}"
 
 
 def demo_movie(folder: Path) -> bool:
@@ -568,11 +569,13 @@ def demo_movie(folder: Path) -> bool:
     from turbvit_nb.climate.rollouts import open_rollouts
     from turbvit_nb.inference import run_movie
 
-    target, names = folder / "demo.gif", list(open_rollouts(folder))
+    target, rollouts = folder / "demo.gif", open_rollouts(folder)
     if target.exists():
         return False
+    names = list(rollouts)
+    titles = {name: title_of(rollouts[name][0].identity) for name in (names[0], names[-1])}
     for suffix in (".mp4", ".gif"):
-        run_movie(folder, target.with_suffix(suffix), {name: title_of(name) for name in (names[0], names[-1])})
+        run_movie(folder, target.with_suffix(suffix), titles)
     return True
 
 # %% ../nbs/cli.ipynb #0f8ecd08
@@ -581,9 +584,11 @@ def demo_rows(
 ) -> list[tuple[str, dict]]:  # name of the forecast and its figures
     "The figures of the short analyses: dense, pruned, control, UNet, persistence."
     from turbvit_nb.forecast.reading import read_short, summary_row
+    from turbvit_nb.lab.checkpoints import identity_from
 
     vit, control, unet = (read_short(folders[name]) for name in ("vit", "control", "unet"))
-    rows = [(title_of(name), summary_row(scores)) for name, scores in vit.items()]
+    identities = {name: identity_from(scores.attrs) for name, scores in vit.items()}
+    rows = [(title_of(identities[name]), summary_row(scores)) for name, scores in vit.items()]
     rows.append(("ViT, control: finetuned, not pruned", summary_row(list(control.values())[-1])))
     rows.append(("UNet, dense", summary_row(unet["best"])))
     return [*rows, ("persistence", summary_row(vit["best"], "persistence"))]

@@ -440,10 +440,9 @@ def _run_of(seen: Examination, config: Config) -> tuple[Path, dict[str, str]]:
 def _ask_sections(seen: Examination, config: Config) -> None:
     "The check of every section that has one, besides those of data."
     for name, section in config.sections.items():
-        check = getattr(section, "check", None)
-        if check is None or name in DATA:
+        if name in DATA:
             continue
         try:
-            check(config, name)
+            section.check(config, name)
         except (LabError, StoreError) as error:
             seen.mistake(error)

@@ -137,18 +137,8 @@ def spacing(
 # %% ../../nbs/climate/02_records.ipynb #3d0a61dc
 def rollout_record(rollout: Rollout) -> Record:
     "A rollout on disk as a record."
-    steps, starts = rollout.steps, np.cumsum([0, *map(len, rollout.chunks)])
-    swapped = rollout.header["axes"][-2:] == ["y", "x"]
-
-    def read(a: int, b: int) -> dict[str, Tensor]:
-        first, last = np.searchsorted(starts, (a, b - 1), side="right") - 1
-        cut = lambda c: slice(max(a - starts[c], 0), b - starts[c])
-        pieces = [np.array(rollout.chunks[c][cut(c)]) for c in range(first, last + 1)]
-        if b == starts[last + 1] and isinstance(rollout.chunks[last], np.memmap):
-            rollout.chunks[last]._mmap.madvise(mmap.MADV_DONTNEED)
-        states = torch.from_numpy(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
-        return {"velocity": states.mT.contiguous() if swapped else states}
-
+    steps = rollout.steps
+    read = lambda a, b: {"velocity": torch.from_numpy(rollout.read_range(a, b))}
     label = f"{rollout.path.parent.name}/{rollout.path.name}"
     return Record(label, rollout.times, read, lambda i: f"step {steps[i]} of {rollout.path}")
 

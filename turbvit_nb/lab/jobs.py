@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'FOLDED', 'JOB_LOCK', 'Chapter', 'chapters', 'find_chapter',
            'Report', 'wrapped', 'run_heading', 'lessons', 'JobClient', 'JobEngine', 'Signals', 'JobError', 'explain',
-           'execute', 'MathRenderer', 'ReportExporter', 'html_copy', 'Job', 'plan_job', 'run_job', 'unopened',
-           'at_work', 'next_stage', 'Step', 'steps', 'Together']
+           'execute', 'MathRenderer', 'MathExporter', 'ReportExporter', 'html_copy', 'Job', 'plan_job', 'run_job',
+           'unopened', 'at_work', 'next_stage', 'Step', 'steps', 'Together']
 
 # %% ../../nbs/lab/08_jobs.ipynb #a64babfb
 import ast
@@ -379,11 +379,8 @@ class MathRenderer(IPythonRenderer):
         return self.block_math(f"\\begin{{{name}}}{body}\\end{{{name}}}")
 
 
-class ReportExporter(HTMLExporter):
-    "The body of a report."
-
-    def __init__(self, **keys):
-        super().__init__(raw_template=FOLDED, template_name="basic", **keys)
+class MathExporter(HTMLExporter):
+    "Notebooks to HTML whose formulas need no network."
 
     def markdown2html(self, context, source: str) -> str:
         attachments = context.get("cell", {}).get("attachments", {})
@@ -391,7 +388,14 @@ class ReportExporter(HTMLExporter):
         return MarkdownWithMath(renderer=renderer).render(source)
 
 
-ReportExporter.markdown2html.jinja_pass_arg = HTMLExporter.markdown2html.jinja_pass_arg  # the context
+MathExporter.markdown2html.jinja_pass_arg = HTMLExporter.markdown2html.jinja_pass_arg  # the context
+
+
+class ReportExporter(MathExporter):
+    "The body of a report: code is folded."
+
+    def __init__(self, **keys):
+        super().__init__(raw_template=FOLDED, template_name="basic", **keys)
 
 # %% ../../nbs/lab/08_jobs.ipynb #ee1f5b5f
 def _made(nb: NotebookNode) -> str:

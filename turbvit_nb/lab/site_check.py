@@ -23,7 +23,7 @@ from nbdev.config import get_config
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 from .config import root
-from .jobs import STYLE
+from .jobs import STYLE, MathExporter
 from .plots import Table
 from .pages import is_picture
 from .site import heading_id, site_files, site_pages, way
@@ -179,7 +179,7 @@ def render(
     titles = {path: (found or [path.stem])[0] for path, found in titled.items()}
     sheet = (folder / settings["format"]["html"]["css"]).read_text(encoding="utf-8")
     exporter, colours = (
-        HTMLExporter(template_name="basic"),
+        MathExporter(template_name="basic"),
         HtmlFormatter(style="friendly").get_style_defs(".highlight"),
     )
     style = STYLE + SHELL + colours + sheet
