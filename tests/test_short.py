@@ -516,7 +516,7 @@ def test_mistakes_cost_one_line(folder, home):
     fails("no checkpoint bets in .*; it holds best", 'analysis.checkpoints=["bets"]')
     fails("holds 2 frames in a row; the forecasts to compare with need 4", "train_dataset.frame_range=[[1, 3]]")
     generate(GenerateConfig(data_dir=str(home / "fine"), Re=100, fky=4, beta=20.0, NX=32, n_frames=90, t_save=0.1, spin_up=0.5))
-    fails(r"best is for 16² fields, the data of \[test_dataset\] are 32²", f'test_dataset.data_dir="{home / "fine"}"', "test_dataset.trajectories=[1]")
+    fails(r"model.img_size = 16, but the frames of \[test_dataset\] are 32²", f'test_dataset.data_dir="{home / "fine"}"', "test_dataset.trajectories=[1]")
     fails(r"best makes steps of 0.1 time units, target_step of \[test_dataset\] makes them 0.2", "test_dataset.target_step=2")
 
 
