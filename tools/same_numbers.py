@@ -3,8 +3,9 @@
     python tools/same_numbers.py runs_before/vit runs_after/vit
 
 What to run before and after a change that must not move a result. Words may change; a value that is more
-than 1e-10 from the other, relative to the largest of its array, is told with its place and fails the command.
-So does a file or an array that only the first folder has.
+than 1e-10 from the other, relative to the largest of its array, is told with its place and fails the command;
+differences below 1e-14 are rounding of what is zero. So does a file or an array that only the first folder has.
+Items of a JSON list are known by their words, so a list may have gained some.
 """
 import argparse
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-TOLERANCE = 1e-10
+TOLERANCE, ROUNDING = 1e-10, 1e-14
 
 
 def gap(before: np.ndarray, after: np.ndarray) -> float:
@@ -29,7 +30,8 @@ def gap(before: np.ndarray, after: np.ndarray) -> float:
     if not np.array_equal(before[~finite], after[~finite], equal_nan=True) or not np.isfinite(after[finite]).all():
         return np.inf
     scale = np.abs(before[finite]).max(initial=0.0) or 1.0
-    return float(np.abs(before[finite] - after[finite]).max(initial=0.0) / scale)
+    apart = float(np.abs(before[finite] - after[finite]).max(initial=0.0))
+    return 0.0 if apart < ROUNDING else apart / scale
 
 
 def numbers_in(value: object, place: str = "") -> Iterator[tuple[str, float]]:
@@ -39,7 +41,8 @@ def numbers_in(value: object, place: str = "") -> Iterator[tuple[str, float]]:
             yield from numbers_in(item, f"{place}.{key}")
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from numbers_in(item, f"{place}[{i}]")
+            words = [text for text in item.values() if isinstance(text, str)] if isinstance(item, dict) else []
+            yield from numbers_in(item, f"{place}[{' | '.join(words) or i}]")
     elif isinstance(value, (int, float)):
         yield place, float(value)
 
