@@ -352,7 +352,7 @@ blockquote { margin: 0; color: #666; font-style: italic }
 .output { overflow-x: auto } .code_cell { margin: .2rem 0 }
 table { border-collapse: collapse; font-size: 14px } caption { text-align: left }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-td { white-space: nowrap } th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child { text-align: left }
 .cell { margin: .6rem 0 } header p { color: #666; font-size: 14px } math[display=block] { margin: .8rem 0 }
 details.code > summary { color: #888; font-size: 13px; cursor: pointer } details.code { margin: .2rem 0 }
 details.chapter { margin-top: 3rem; border-top: 1px solid #ddd; padding-top: 1rem }

@@ -523,8 +523,9 @@ def _markdown(table: Table) -> str:
 
 def _td(text: str, tag: str, side: str) -> str:
     "A cell of an HTML table that breaks only where it is a sentence."
-    sentence = tag == "th" or (len(text) > 30 and sum(map(str.isalpha, text)) > len(text) / 2)
-    style = f"text-align: {side}" + ("" if sentence else "; white-space: nowrap")
+    sentence = len(text) > 30 and sum(map(str.isalpha, text)) > len(text) / 2
+    side = "left" if sentence and tag == "td" else side
+    style = f"text-align: {side}" + ("" if sentence or tag == "th" else "; white-space: nowrap")
     return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
 
 # %% ../../nbs/lab/07_plots.ipynb #584816bf
@@ -553,7 +554,9 @@ MARKS = {  # of a scorecard: sign, background, meaning
 def _scored(cell: Mapping) -> str:
     "One cell of a scorecard."
     sign, colour, meaning = MARKS[cell["mark"]]
-    text = f'{html.escape(cell["text"])} <span role="img" aria-label="{meaning}" title="{meaning}">{sign}</span>'
+    number, opened, rest = cell["text"].partition(" [")
+    text = f'{html.escape(number)} <span role="img" aria-label="{meaning}" title="{meaning}">{sign}</span>'
+    text += f"<br><small>[{html.escape(rest)}</small>" if opened else ""  # the interval, below
     return f'<td style="background: {colour}; white-space: nowrap; text-align: right">{text}</td>'
 
 # %% ../../nbs/lab/07_plots.ipynb #1eb5b7a4
