@@ -102,6 +102,14 @@ def identify(
     return identity_of(read_checkpoint(path, mmap=True), Path(path).stem)
 
 # %% ../../nbs/lab/03_checkpoints.ipynb #6fd8a2d7
+def _listed(path: Path) -> Identity:
+    "What a file is for a list: one that cannot be read is known by its name, and is told where it is loaded."
+    try:
+        return identify(path)
+    except LabError:
+        return parse_name(path.stem)
+
+
 def results_in(
     folder: str | PathLike,  # of checkpoints
     wanted: Iterable[str] | None = None,  # names, in this order; None for every result
@@ -110,7 +118,7 @@ def results_in(
     paths = (path for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
     files = {path.stem: path for path in paths}
     if wanted is None:
-        found = [identity for identity in map(identify, files.values()) if identity.result]
+        found = [identity for identity in map(_listed, files.values()) if identity.result]
         return {identity.name: identity for identity in sorted(found, key=order)}
     missing = [name for name in wanted if name not in files]
     if missing:
