@@ -148,7 +148,7 @@ def read_checkpoint(
     except pickle.UnpicklingError:
         what = "no checkpoint of tensors and plain values only"
         raise LabError(f"{path} is {what}; it is not opened, because it could run code") from None
-    except (RuntimeError, EOFError, KeyError, ValueError):
+    except (RuntimeError, EOFError, KeyError, IndexError, ValueError):
         remedy = "delete it and use another checkpoint"
         raise LabError(f"{path} is damaged or is no torch file; {remedy}") from None
 
