@@ -39,6 +39,7 @@ class GenerateConfig(Section):
     alpha: int | float = Field(0.1, ge=0)
     beta: int | float = 0
     NX: int = Field(64, ge=8, multiple_of=2)
+    solve_NX: int | None = Field(None, ge=8, multiple_of=2)  # solve on a finer grid than is stored
     dt: float | None = Field(None, gt=0)  # time step; without one, `exact` chooses as it goes
     n_trajectories: int = Field(1, ge=1)  # initial conditions 1 … n
     spin_up: float = Field(0.0, ge=0)  # time thrown away at the start
@@ -51,6 +52,8 @@ class GenerateConfig(Section):
     def _check(self):
         if self.scheme == "py2d" and self.dt is None:
             raise ValueError('scheme = "py2d" needs dt, the time step')
+        if self.solve_NX and self.solve_NX < self.NX:
+            raise ValueError(f"solve_NX = {self.solve_NX} is coarser than NX = {self.NX}")
         return self
 
 # %% ../../nbs/data/00_generate.ipynb #d545ec1f
@@ -61,12 +64,15 @@ def regime(
 ) -> Regime:
     "The regime of one trajectory."
     flow = {name: getattr(self, name) for name in ("Re", "fkx", "fky", "alpha", "beta", "NX")}
-    return Regime(**flow, dt=self.dt or self.t_save, IC=ic)
+    finer = self.solve_NX and self.solve_NX > self.NX
+    sgs = f"FDNS{self.solve_NX}" if finer else "NoSGS"
+    return Regime(**flow, dt=self.dt or self.t_save, IC=ic, sgs=sgs)
 
 
 def description(cfg: GenerateConfig) -> dict:
     "What the data are, as plain values."
-    return cfg.model_dump(mode="json", exclude={"data_dir", "allow_foreign"})
+    left_out = {"data_dir", "allow_foreign"} | ({"solve_NX"} if cfg.solve_NX is None else set())
+    return cfg.model_dump(mode="json", exclude=left_out)
 
 
 def size_in_bytes(cfg: GenerateConfig) -> int:
@@ -76,13 +82,13 @@ def size_in_bytes(cfg: GenerateConfig) -> int:
 # %% ../../nbs/data/00_generate.ipynb #fb20dac2
 def _solver(cfg: GenerateConfig) -> Solver:
     "All trajectories at their initial conditions."
-    omega0 = random_vorticity(cfg.NX, cfg.n_trajectories, cfg.seed)
+    omega0 = random_vorticity(cfg.regime().solved_NX, cfg.n_trajectories, cfg.seed)
     return Solver(cfg.regime(), omega0, scheme=cfg.scheme, dt=cfg.dt)
 
 
 def seconds_to_make(cfg: GenerateConfig) -> float:
     "A rough estimate for this machine, from a few steps of the solver."
-    solver, t = _solver(cfg), 2 * cfg.dt if cfg.dt else min(cfg.t_save, 1.28 / cfg.NX)
+    solver, t = _solver(cfg), 2 * cfg.dt if cfg.dt else min(cfg.t_save, 1.28 / cfg.regime().solved_NX)
     solver.advance(t)  # the first call also makes buffers
     start = time.perf_counter()
     solver.advance(t)
@@ -165,7 +171,9 @@ def check_root(cfg: GenerateConfig) -> None:
 # %% ../../nbs/data/00_generate.ipynb #247cda77
 def announcement(cfg: GenerateConfig, root: Path) -> str:
     "What will be made, where, how large and in about what time."
+    solved = cfg.regime().solved_NX
     what = f"{cfg.n_trajectories} × {cfg.n_frames} frames of {cfg.NX}²"
+    what += f", solved on {solved}²," if solved > cfg.NX else ""
     size, took = size_in_bytes(cfg) / 1e6, clock(seconds_to_make(cfg))
     return f"[generate] makes {what} in {root}: {size:.3g} MB, about {took} on this machine"
 
@@ -266,8 +274,8 @@ def _simulate(cfg: GenerateConfig, root: Path):
 
 # %% ../../nbs/data/00_generate.ipynb #ab4c5244
 def _keep_state(cfg: GenerateConfig, solver: Solver, writers: list, n: int, file: Path):
-    "Keep the solver at frame `n`; in trees as restart states too, so that Py2D can go on."
-    if cfg.store == "tree":
+    "Keep the solver at frame `n`; in trees that Py2D can go on from, as restart states too."
+    if cfg.store == "tree" and cfg.regime() == cfg.regime().solved:
         for writer, before, now in zip(writers, *solver.restart_hats):
             writer.append_state(n * cfg.t_save, before, now)
     write_checkpoint(file, {"frame": n, "solver": solver.state})

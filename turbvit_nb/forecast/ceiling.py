@@ -36,7 +36,7 @@ from ..physics.spectral import Grid
 # %% ../../nbs/forecast/04_ceiling.ipynb #80a29416
 def integrable(regime: Regime) -> bool:
     "Whether the built-in solver integrates the flow."
-    return regime.sgs == "NoSGS" and regime.dealias
+    return regime.solved.sgs == "NoSGS" and regime.dealias
 
 # %% ../../nbs/forecast/04_ceiling.ipynb #7ab893c9
 def twin_states(

@@ -313,23 +313,24 @@ class Solver:
     the mean of `omega0` are dropped."""
     def __init__(
         self,
-        regime: Regime,  # The flow, with NX
-        omega0: torch.Tensor | np.ndarray,  # Vorticity (N, N) or (B, N, N), N = regime.NX
+        regime: Regime,  # The flow, with NX; filtered DNS is solved on its finer grid
+        omega0: torch.Tensor | np.ndarray,  # Vorticity (N, N) or (B, N, N), N = regime.NX or solved_NX
         scheme: str = "exact",  # "exact" or "py2d"
         dt: float | None = None,  # Longest step; None: `exact` chooses, `py2d` takes regime.dt
         time: float = 0.0,  # Time of `omega0`
         dtype: torch.dtype = torch.float64,  # Precision of the integration
         workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
     ):
-        _check_regime(regime)
+        _check_regime(regime.solved)
         omega0 = torch.as_tensor(omega0).to(dtype)
         if omega0.ndim not in (2, 3): raise ValueError(
             f"omega0 is (N, N) or (B, N, N), not of shape {tuple(omega0.shape)}"
         )
-        self.modes, batch = _fields(regime.NX, omega0)
+        if omega0.shape[-1] == regime.NX: omega0 = Grid.of(omega0).resample(omega0, regime.solved_NX)
+        self.modes, batch = _fields(regime.solved_NX, omega0)
         if not batch.isfinite().all(): raise ValueError("omega0 holds values that are not finite")
         self.regime, self.scheme, self.shape, self.time = regime, scheme, omega0.shape, float(time)
-        self.flow = _Flow(regime, str(omega0.device), dtype)
+        self.flow = _Flow(regime.solved, str(omega0.device), dtype)
         self.stepper = _stepper(self.flow, scheme, dt)
         self.workers, self._crew, self._advection = workers or torch.get_num_threads(), None, None
         self.omega_hat = self.previous_hat = self.modes.pack(self.modes.grid.transform(batch))
@@ -348,8 +349,9 @@ def _stepper(flow: _Flow, scheme: str, dt: float | None) -> _Py2D | _Exact:
 
 @patch(as_prop=True)
 def omega(self: Solver) -> torch.Tensor:
-    "The vorticity now, of `omega0`'s shape."
-    return self.modes.grid.inverse(self.modes.unpack(self.omega_hat)).reshape(self.shape)
+    "The vorticity now (…, NX, NX): of filtered DNS, the waves that its frames hold."
+    whole = self.modes.grid.inverse(self.modes.unpack(self.omega_hat)).reshape(self.shape)
+    return self.modes.grid.resample(whole, self.regime.NX)
 
 # %% ../../nbs/physics/02_solver.ipynb #40a596de
 @patch(as_prop=True)
