@@ -37,7 +37,7 @@ def _one_by_one(model: nn.Module, batch: dict, losses: Losses) -> Scores:
     "Gradients `{name: (B, *shape)}` of the samples of a batch, with one backward pass per sample."
     weights = prunable(model)
     singles = [_rows(batch, i, i + 1) for i in range(_size(batch))]
-    unused = dict(allow_unused=True, materialize_grads=True)  # a weight without a use has gradient 0
+    unused = dict(allow_unused=True, materialize_grads=True)  # gradient 0 without a use
     of = lambda one: torch.autograd.grad(losses(model, one).sum(), list(weights.values()), **unused)
     samples = zip(*map(of, singles))
     return {name: torch.stack(gradients) for name, gradients in zip(weights, samples)}
@@ -162,7 +162,7 @@ def taylor(
     chunk: int | None = None,  # as in `sample_gradients`
     **context,  # not used
 ) -> Scores:  # ≥ 0, float64, in the units of the loss
-    "First-order saliency: the mean over samples of |gᵢ·w|, as in Molchanov et al. 2017, section 2.2."
+    "First-order saliency, the mean over samples of |gᵢ·w|: Molchanov et al. 2017, section 2.2."
     mean = sample_mean(model, batches, losses, torch.abs, chunk)
     return {name: mean[name] * p.detach().abs() for name, p in prunable(model).items()}
 
@@ -196,7 +196,7 @@ def _along_signs(losses: Callable) -> Losses:
         signs = batch.pop("signs")
         count, left = signs.shape[1], [signs]
 
-        def error(new: Tensor, wanted: Tensor) -> Tensor:  # called for one group of leads after another
+        def error(new: Tensor, wanted: Tensor) -> Tensor:  # for one group of leads after another
             now, left[0] = left[0].tensor_split([new[0].numel()], 1)
             return (2 * count) ** 0.5 * (now * new.flatten(1)).sum(1)
 
@@ -208,7 +208,7 @@ def _along_signs(losses: Callable) -> Losses:
 def gauss_newton(
     model: nn.Module,
     batches: Iterable[dict],  # with the truth in `y`
-    losses: Callable,  # (model, batch, error=…) -> (B,): error(predicted, truth) -> (B,), over the size of y
+    losses: Callable,  # (model, batch, error=…) -> (B,), the errors (B,) over the size of y
     *,
     seed: int = 0,  # of the signs
     chunk: int | None = None,  # as in `sample_gradients`
@@ -228,7 +228,7 @@ def squisher(
     optimizer: torch.optim.Optimizer | None = None,  # an Adam that has taken steps on `model`
     **context,  # not used
 ) -> Scores:  # ≥ 0
-    "½v̂w² with Adam's bias-corrected second moment (Li et al. 2025). Raises `LabError` without one."
+    "½v̂w² with Adam's bias-corrected second moment, Li et al. 2025. `LabError` without one."
     groups = optimizer.param_groups if optimizer else []
     adams = [group for group in groups if "betas" in group]
     beta2 = {id(p): group["betas"][1] for group in adams for p in group["params"]}
