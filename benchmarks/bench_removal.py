@@ -2,6 +2,7 @@
 
     python benchmarks/bench_removal.py                    # 1,024 tokens × 192 × 8 blocks × 6 heads; and the reference ViT
     python benchmarks/bench_removal.py --rounds 15 --batch 8 --threads 1
+    python benchmarks/bench_removal.py --clock cpu        # where the machine is busy: processor time of one thread
     python benchmarks/bench_removal.py --prices           # and milliseconds of a head and a channel at 64 to 1,024 tokens
 
 One step of each emulator in eager float32, its projection included, all in one process, taking turns. Ratios to the dense model
@@ -9,6 +10,7 @@ are medians over the rounds, with the quartiles in brackets; `possible` is the r
 masked model has the same zeros and the dense model's shapes.
 """
 import argparse
+import time
 from copy import deepcopy
 
 import numpy as np
@@ -24,6 +26,7 @@ from turbvit_nb.compress.units import unit_named
 from turbvit_nb.lab.plots import Table
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, card, create_emulator
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MODELS = {
     "1,024 tokens x 192 x 8 blocks x 6 heads": dict(img_size=64, patch_size=2, embed_dim=192, depth=8, num_heads=6),
     "reference ViT: 64 tokens x 192 x 4 blocks x 6 heads": dict(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=6),
@@ -51,12 +54,12 @@ def variants(dense: Emulator) -> dict[str, Emulator]:
 
 
 @torch.no_grad()
-def compare(title: str, keys: dict, batch: int, rounds: int) -> None:
+def compare(title: str, keys: dict, batch: int, rounds: int, clock: str) -> None:
     "Print the ratios."
     torch.manual_seed(0)
     models = variants(built(**keys))
     x = torch.randn(batch, 2, 1, keys["img_size"], keys["img_size"])
-    times = interleaved({name: lambda model=model: model(x) for name, model in models.items()}, rounds)
+    times = interleaved({name: lambda model=model: model(x) for name, model in models.items()}, rounds, clock=CLOCKS[clock])
     rows, costs = [], {name: card(model) for name, model in models.items()}
     for name, spent in times.items():
         low, ratio, high = np.quantile(np.array(times["dense"]) / np.array(spent), [0.25, 0.5, 0.75])
@@ -65,15 +68,15 @@ def compare(title: str, keys: dict, batch: int, rounds: int) -> None:
             "model": name, "ms": round(float(np.median(spent)), 1), "times faster": f"{ratio:.2f} [{low:.2f}, {high:.2f}]",
             "possible": f"{possible:.2f}", "parameters": costs[name]["parameters"], "MFLOP": round(costs[name]["flops"] / 1e6),
         })
-    print(Table(rows, f"{title}, batch {batch}, {torch.get_num_threads()} thread(s)"), "\n", flush=True)
+    print(Table(rows, f"{title}, batch {batch}, {torch.get_num_threads()} thread(s), {clock} time"), "\n", flush=True)
 
 
-def prices(batch: int, rounds: int) -> None:
+def prices(batch: int, rounds: int, clock: str) -> None:
     "Print what a head and a channel cost against the number of tokens."
     rows = []
     for patch in (8, 4, 2):
         emulator = built(img_size=64, patch_size=patch, embed_dim=192, depth=4, num_heads=6)
-        table = measure_latency(emulator, batch, rounds)
+        table = measure_latency(emulator, batch, rounds, CLOCKS[clock])
         L, each = (64 // patch) ** 2, table.each["blocks"]
         told = head_flops(L, 192, 32) / channel_flops(L, 192)
         rows.append({
@@ -82,7 +85,7 @@ def prices(batch: int, rounds: int) -> None:
             "L² share of a head's operations": f"{L / (L + 2 * 192):.0%}", "µs of an attention besides": round(1e3 * each["attention"], 1),
             "µs of an MLP besides": round(1e3 * each["mlp"], 1),
         })
-    print(Table(rows, f"prices of pieces, tokens of width 192, 4 blocks, batch {batch}, {torch.get_num_threads()} thread(s)"))
+    print(Table(rows, f"prices of pieces, tokens of width 192, 4 blocks, batch {batch}, {torch.get_num_threads()} thread(s), {clock} time"))
 
 
 def main():
@@ -90,13 +93,14 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine and one thread")
     parser.add_argument("--prices", action="store_true", help="also time pieces at several numbers of tokens")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for title, keys in MODELS.items():
-        compare(title, keys, args.batch, args.rounds)
+        compare(title, keys, args.batch, args.rounds, args.clock)
     if args.prices:
-        prices(args.batch, args.rounds)
+        prices(args.batch, args.rounds, args.clock)
 
 
 if __name__ == "__main__":
