@@ -19,6 +19,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def widths_of(emulator: Emulator) -> Widths:
     wide = lambda block: (block.attn.num_heads, block.mlp.fc1.out_features)
     return {tower: [wide(block) for block in network.get_submodule(tower)] for tower in towers}
 
-
+# %% ../../nbs/compress/08_latency.ipynb #88b9e9f6
 def plans(full: Widths) -> list[Widths]:
     "The networks to time: the whole one first."
     some = lambda n, share: 0 if share == 0 else min(n, max(1, round(share * n)))
@@ -132,23 +133,29 @@ class Latency:
     each: dict[str, dict[str, float]]  # by tower: of a head, a channel; attention, mlp besides
     measured: list[dict]  # what was timed: widths and milliseconds
 
-    def total(self) -> float:
-        "The time of the whole network, by the model."
-        every = ((tower, i) for tower, blocks in self.blocks.items() for i in range(len(blocks)))
-        return self.base + sum(self.block(*one) for one in every)
+# %% ../../nbs/compress/08_latency.ipynb #12c6394d
+@patch
+def block(self: Latency, tower: str, number: int) -> float:
+    "The time of one block, by the model."
+    (heads, channels), each = self.blocks[tower][number], self.each[tower]
+    attention = each["head"] * heads + each["attention"] * (heads > 0)
+    return attention + each["channel"] * channels + each["mlp"] * (channels > 0)
 
-    def block(self, tower: str, number: int) -> float:
-        "The time of one block."
-        (heads, channels), each = self.blocks[tower][number], self.each[tower]
-        attention = each["head"] * heads + each["attention"] * (heads > 0)
-        return attention + each["channel"] * channels + each["mlp"] * (channels > 0)
 
-    def rows(self) -> list[dict]:
-        "For a table: what a head and a channel cost in each tower, and a head in channels."
-        known = lambda e: {"ms of a head": e["head"], "ms of a channel": e["channel"]}
-        ratio = lambda e: {"a head in channels": e["head"] / e["channel"]}
-        row = lambda t: {"tower": t, "tokens": self.tokens[t]}
-        return [row(t) | known(e) | ratio(e) for t, e in self.each.items()]
+@patch
+def total(self: Latency) -> float:
+    "The time of the whole network, by the model."
+    every = ((tower, i) for tower, blocks in self.blocks.items() for i in range(len(blocks)))
+    return self.base + sum(self.block(*one) for one in every)
+
+
+@patch
+def rows(self: Latency) -> list[dict]:
+    "For a table: what a head and a channel cost in each tower, and a head in channels."
+    known = lambda e: {"ms of a head": e["head"], "ms of a channel": e["channel"]}
+    ratio = lambda e: {"a head in channels": e["head"] / e["channel"]}
+    row = lambda t: {"tower": t, "tokens": self.tokens[t]}
+    return [row(t) | known(e) | ratio(e) for t, e in self.each.items()]
 
 # %% ../../nbs/compress/08_latency.ipynb #07f979c5
 def _step(emulator: Emulator, x: Tensor, cond: Tensor) -> None:
@@ -169,7 +176,7 @@ def _narrowed(emulator: Emulator, widths: Widths) -> Emulator:
     small.network = narrower(emulator.network, keys)
     return small
 
-
+# %% ../../nbs/compress/08_latency.ipynb #e7ed9866
 def _tokens(emulator: Emulator, x: Tensor, cond: Tensor) -> dict[str, tuple[int, int]]:
     "Number and width of the tokens of each tower."
     seen, hooks = {}, []

@@ -93,7 +93,7 @@ def _blocks(emulator: Emulator) -> dict[str, list[tuple[str, nn.Module]]]:
     named = lambda tower: enumerate(network.get_submodule(tower))
     return {tower: [(f"network.{tower}.{i}", b) for i, b in named(tower)] for tower in towers}
 
-
+# %% ../../nbs/compress/07_materialize.ipynb #208366cf
 Places = dict[str, tuple[int, Tensor]]  # {parameter: (axis, indices along it)}
 
 
@@ -169,7 +169,7 @@ def _widths(emulator: Emulator, kept: Kept) -> dict[str, list[int]]:
             widths[f"{prefix}block_mlp"] = channels
     return widths
 
-
+# %% ../../nbs/compress/07_materialize.ipynb #0d833d31
 def narrower(
     network: nn.Module,  # from `create_model`
     widths: dict[str, list[int]],  # keys of its config, as `block_heads`: a width per block
@@ -232,7 +232,7 @@ def materialize(
         return whole
     return whole, cut_moments(optimizer_state, emulator, kept)
 
-
+# %% ../../nbs/compress/07_materialize.ipynb #66ba35fd
 def small_masks(
     masks: Masks,  # of the whole model
     kept: Kept,

@@ -58,15 +58,6 @@ def each_unit(pieces: Pieces) -> Groups:
     yield from _by(pieces, lambda part: part.kind)
 
 
-def each_row(pieces: Pieces) -> Groups:
-    "A group per output of a layer, as Wanda compares (Sun et al. 2024). Raises `LabError`."
-    for part in pieces.parts:
-        if part.kind != "weight":
-            told = f"scope = 'row' compares the single weights of an output, not {part.kind}s"
-            raise LabError(f"{told}: choose unit = 'weight', or scope = 'layer'")
-        yield _numbers(part).view(-1, part.width)
-
-
 def _numbers(part: Part) -> Tensor:
     "The numbers of the pieces of a part."
     return torch.arange(part.start, part.start + part.count)
@@ -78,6 +69,15 @@ def _by(pieces: Pieces, key: Callable[[Part], object]) -> Groups:
     for part in pieces.parts:
         groups.setdefault(key(part), []).append(_numbers(part))
     yield from (torch.cat(numbers)[None] for numbers in groups.values())
+
+# %% ../../nbs/compress/06_selection.ipynb #fddfeac4
+def each_row(pieces: Pieces) -> Groups:
+    "A group per output of a layer, as Wanda compares (Sun et al. 2024). Raises `LabError`."
+    for part in pieces.parts:
+        if part.kind != "weight":
+            told = f"scope = 'row' compares the single weights of an output, not {part.kind}s"
+            raise LabError(f"{told}: choose unit = 'weight', or scope = 'layer'")
+        yield _numbers(part).view(-1, part.width)
 
 # %% ../../nbs/compress/06_selection.ipynb #18674a16
 def _groups_of_m(pieces: Pieces, step: Step) -> Groups:

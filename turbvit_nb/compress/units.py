@@ -95,7 +95,7 @@ def pool(
         total.index_add_(0, where, scores[name].detach().flatten().double())
     return total[:-1]
 
-
+# %% ../../nbs/compress/04_units.ipynb #68716251
 @patch
 def alive(
     self: Pieces,
@@ -206,7 +206,7 @@ def find_channels(model: nn.Module) -> Iterator[tuple[Part, Owners]]:
         tables = {"fc1.weight": rows, "fc2.weight": columns}
         yield Part("channel", name, hidden), _below(name, tables)
 
-
+# %% ../../nbs/compress/04_units.ipynb #9c69a166
 def find_blocks(model: nn.Module) -> Iterator[tuple[Part, Owners]]:
     "The blocks that have something left; those of one tower compete with each other."
     for name, block in _of(model, Block):
