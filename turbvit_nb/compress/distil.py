@@ -302,14 +302,15 @@ class Distil(Callback):
         self.own = [own[pair[0]] for pair, _ in found]
         self.theirs = [theirs[pair[1]] for pair, _ in found]
         self.projectors = projectors([widths for _, widths in found]).to(learner.device)
-        self._begin()
+        self._begin(learner.device)
 
 # %% ../../nbs/compress/09_distil.ipynb #2b7905ef
 @patch
-def _begin(self: Distil) -> None:
+def _begin(self: Distil, device: torch.device) -> None:
     "Start afresh, or from what `load_state` was given."
     state, self.resumed = self.resumed, {}
-    self.sums = dict.fromkeys(self.terms, 0.0) | state.get("sums", {})
+    sums, exact = state.get("sums", {}), dict(dtype=torch.float64, device=device)
+    self.sums = {name: torch.tensor(sums.get(name, 0.0), **exact) for name in self.terms}
     self.count, weights = state.get("count", 0), list(self.projectors.parameters())
     self.optimizer = torch.optim.AdamW(weights) if weights else None
     if weights and state:
@@ -333,7 +334,8 @@ def before_step(self: Distil, learner: Learner) -> None:
 @patch
 def state(self: Distil) -> dict:
     "Sums, projectors and their optimizer."
-    known = {"sums": dict(self.sums), "count": self.count}
+    sums = {name: total.item() for name, total in self.sums.items()}
+    known = {"sums": sums, "count": self.count}
     if self.optimizer is None:
         return known
     gradients = [parameter.grad for parameter in self.projectors.parameters()]
@@ -389,16 +391,17 @@ def after_loss(self: Distil, learner: Learner) -> None:
         found = self.errors(learner.model)
     for name, error in found.items():
         learner.loss = learner.loss + self.terms[name] * error.mean()
-        self.sums[name] += error.detach().mean().item()
+        self.sums[name] += error.detach().mean()
     self.count += 1
 
 # %% ../../nbs/compress/09_distil.ipynb #15e4948a
 @patch
 def after_epoch(self: Distil, learner: Learner) -> None:
     "Put the means of the terms among the metrics."
-    mean = {f"distil_{name}": total / max(self.count, 1) for name, total in self.sums.items()}
-    learner.metrics |= mean
-    self.sums, self.count = dict.fromkeys(self.terms, 0.0), 0
+    for name, total in self.sums.items():
+        learner.metrics[f"distil_{name}"] = total.item() / max(self.count, 1)
+        total.zero_()
+    self.count = 0
 
 # %% ../../nbs/compress/09_distil.ipynb #eaa6581f
 def find_teacher(
