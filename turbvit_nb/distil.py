@@ -41,7 +41,8 @@ def loop(
     for name in ("finetuning", "training"):
         if config.has(name):
             return name, config.section(name)
-    raise LabError(f"{config.path or 'the config'} needs a [finetuning] section, the keys of the loop")
+    told = "needs a [finetuning] section, the keys of the loop"
+    raise LabError(f"{config.path or 'the config'} {told}")
 
 # %% ../nbs/09_distil.ipynb #8237d512
 def _stacks(network: nn.Module) -> dict[str, int]:
@@ -63,7 +64,8 @@ def inherit(
     own, theirs = _stacks(student.network), _stacks(teacher.network)
     if deep := [stack for stack in own if own[stack] > theirs.get(stack, 0)]:
         told = f"{own[deep[0]]} blocks, {theirs.get(deep[0], 0)} in the teacher"
-        raise LabError(f"{name} has fewer blocks than the student: {told}; set init = \"scratch\"")
+        fewer = f"{name} has fewer blocks than the student: {told}"
+        raise LabError(f"{fewer}; set init = \"scratch\"")
     state, chosen = teacher.network.state_dict(), {}
     for key in student.network.state_dict():
         source = key
@@ -100,7 +102,8 @@ def read_student(
     emulator, state = load_emulator(path, run.device), read_checkpoint(path, run.device)
     if not isinstance(emulator, Emulator):
         raise LabError(f"checkpoint_file = {named} holds no network that could be trained")
-    known, role = identity_of(state, path.stem), "control" if _is_control(run.config) else "distilled"
+    role = "control" if _is_control(run.config) else "distilled"
+    known = identity_of(state, path.stem)
     identity = Identity("distilled", role, known.stage, known.remaining, parent=named)
     masks = Masks(state["masks"]) if state.get("masks") else None
     return Student(emulator, identity, masks, state.get("optimizer_state"))
@@ -145,26 +148,33 @@ class Lesson:
     teacher: Kind | None  # None: it has no say
 
 
+def _check_asked(config: Config, default: Path) -> None:
+    "Raise `LabError` where teacher, student or loop are missing, or contradict each other."
+    top, wanted = config.top, config.section("distillation")
+    loop(config)
+    if wanted.teaches or wanted.init == "teacher":
+        find_teacher(config, default)
+    if not top.checkpoint_file and not config.has("model"):
+        raise LabError("there is no student: give a checkpoint_file, or a [model] for a new one")
+    if top.checkpoint_file and wanted.init == "teacher":
+        told = "init = \"teacher\" is for a new student, and checkpoint_file names one"
+        raise LabError(f"{told}; leave one out")
+
+
 def open_lesson(
     run: Run,  # open, stage "distil"
 ) -> Lesson:
     "Student, teacher and data of a run. Raises `LabError`."
-    top, default = run.config.top, run.checkpoints / "best.tar"
-    wanted, (_, settings) = run.config.section("distillation"), loop(run.config)
-    if wanted.teaches or wanted.init == "teacher":
-        find_teacher(run.config, default)
-    if not top.checkpoint_file and not run.config.has("model"):
-        raise LabError("there is no student: give a checkpoint_file, or a [model] for a new one")
-    if top.checkpoint_file and wanted.init == "teacher":
-        raise LabError("init = \"teacher\" is for a new student, and checkpoint_file names one; choose")
-    student = read_student(run) if top.checkpoint_file else None
+    default = run.checkpoints / "best.tar"
+    _check_asked(run.config, default)
+    student = read_student(run) if run.config.top.checkpoint_file else None
     callbacks = distillation(run, student.emulator, default) if student else []
     train_set, validation_set = build_data(run, student.emulator if student else None)
     if student is None:
         student = new_student(run, train_set, default)
         callbacks = distillation(run, student.emulator, default)
     check_fit(student.emulator, train_set, "the student", train=True)
-    validation = build_validation(run, settings, train_set, validation_set)
+    validation = build_validation(run, loop(run.config)[1], train_set, validation_set)
     teacher = callbacks[0].teacher if callbacks else None
     return Lesson(run, student, train_set, validation, callbacks, teacher)
 
@@ -197,8 +207,9 @@ def _hand_on(self: Lesson, name: str, learner: Learner) -> None:
         network.load_state_dict(best.get("ema_state") or best["model_state"])
         student.optimizer_state = best["optimizer_state"]
         return
-    for average in [callback.average for callback in learner.callbacks if isinstance(callback, EMA)]:
-        network.load_state_dict(average)
+    for callback in learner.callbacks:
+        if isinstance(callback, EMA):
+            network.load_state_dict(callback.average)
 
 # %% ../nbs/09_distil.ipynb #8d0a8037
 @patch
@@ -207,11 +218,11 @@ def rows(
     start: dict[str, float],  # skill of the student before
 ) -> list[dict[str, Any]]:  # name and skill
     "What was measured: the teacher, the student before and after."
-    now = {"name": "student, before"} | start, {"name": "student"} | _skill(
-        self.validation, self.student.emulator,
-    )
-    taught = [] if self.teacher is None else [{"name": "teacher"} | _skill(self.validation, self.teacher)]
-    return [*taught, *now]
+    after = _skill(self.validation, self.student.emulator)
+    measured = {"student, before": start, "student": after}
+    if self.teacher is not None:
+        measured = {"teacher": _skill(self.validation, self.teacher)} | measured
+    return [{"name": name} | skill for name, skill in measured.items()]
 
 
 def distil(

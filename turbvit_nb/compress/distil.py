@@ -11,9 +11,8 @@ __all__ = ['answers', 'check_teacher', 'unrolled', 'rollout_error', 'spectral_er
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
@@ -25,7 +24,7 @@ from ..lab.learner import Callback, Learner
 from ..lab.runs import Run
 from ..layers.attention import Block
 from turbvit_nb.model import (
-    Emulator, Kind, Normaliser, create_emulator, load_emulator, rollout,
+    Emulator, Kind, Normaliser, create_emulator, evaluating, load_emulator, rollout,
 )
 from ..networks.transformers import FEATURES
 from ..physics.spectral import grid
@@ -108,7 +107,7 @@ def hidden_error(
     own: Tensor,  # tokens of the student, projected (B, L, D)
     told: Tensor,  # of the teacher
 ) -> Tensor:  # (B,)
-    "The mean squared difference of tokens, in units of the variance of the teacher's over the batch."
+    "The mean squared difference, in units of the variance of the teacher's tokens over the batch."
     own, told = (t.float() if t.dtype.itemsize < 4 else t for t in (own, told))
     return (own - told).square().mean((1, 2)) / told.var((0, 1), correction=0).mean()
 
@@ -159,11 +158,10 @@ def token_shapes(
     "The shapes of the tokens after the blocks."
     if not isinstance(emulator, Emulator) or not blocks(emulator):
         return []
-    network = deepcopy(emulator.network).to("meta")
-    where = dict(device="meta", dtype=emulator.normaliser.mean.dtype)
-    frames = len(emulator.fields), emulator.num_frames, emulator.size, emulator.size
-    with heard(blocks(network)) as outputs, torch.no_grad():
-        network(torch.empty(1, *frames, **where), torch.empty(1, len(FEATURES), **where))
+    like, N = emulator.normaliser.mean, emulator.size
+    x = like.new_zeros(1, len(emulator.fields), emulator.num_frames, N, N)
+    with heard(blocks(emulator)) as outputs, evaluating(emulator):
+        emulator.network(x, like.new_ones(1, len(FEATURES)))
     return [tuple(outputs[place].shape[1:]) for place in sorted(outputs)]
 
 
@@ -209,14 +207,14 @@ class DistillationConfig(Section):
     teacher_checkpoint: str | None = Field(
         None, validation_alias=AliasChoices("teacher_checkpoint", "teacher")
     )  # None: the run's own best; in pruning, the dense model that it starts from
-    distill_weight: float = Field(0.5, ge=0, le=1)  # of the teacher's answers; the data has the rest
+    distill_weight: float = Field(0.5, ge=0, le=1)  # of the teacher's answers; data has the rest
     hidden_weight: float = Field(0.0, ge=0)  # of the error of hidden layers
-    hidden_layers: list[tuple[int, int]] | None = None  # blocks of student and teacher; None: evenly
+    hidden_layers: list[tuple[int, int]] | None = None  # of student and teacher; None: evenly
     spectral_weight: float = Field(0.0, ge=0)  # of the error of the amplitudes, shell by shell
     rollout_steps: int = Field(0, ge=0)  # of the student's rollout against the teacher's; 0: none
     rollout_weight: float = Field(1.0, ge=0)  # of its error, where there are rollout_steps
     init: Literal["scratch", "teacher"] = "scratch"  # a new student's first weights
-    control: str | None = None  # a run of the same student without a teacher, to show beside this one
+    control: str | None = None  # a run of the same student without a teacher, to show beside
 
     @model_validator(mode="after")
     def _consistent(self) -> "DistillationConfig":
