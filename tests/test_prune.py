@@ -13,14 +13,16 @@ import torch
 from torch import nn
 
 from turbvit_nb import prune as chapter
-from turbvit_nb.compress.criteria import CRITERIA, l1, sample_mean
+from turbvit_nb.compress.criteria import CRITERIA, SCORES_STRUCTURE, l1, sample_mean
 from turbvit_nb.compress.masks import HoldMasks, Masks, prunable
-from turbvit_nb.compress.schedules import Step, schedule, select
+from turbvit_nb.compress.schedules import Step
+from turbvit_nb.compress.selection import select
+from turbvit_nb.compress.units import unit_named
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
-from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, load_emulator, losses
+from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, load_emulator, losses, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
 from turbvit_nb.prune import Stages, prune, read_pruning
 from turbvit_nb.train import train
@@ -39,7 +41,7 @@ def network() -> nn.Module:
 
 
 def halved(model: nn.Module) -> Masks:
-    return select(Masks.dense(prunable(model)), l1(model), schedule([0.5], [1])[0])
+    return select(Masks.dense(prunable(model)), l1(model), Step(1, 0.5, 1), unit_named("weight").pieces(model))
 
 
 def advance(model: nn.Module, hold: HoldMasks, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -101,7 +103,7 @@ def test_tied_weights_are_counted_once():
     assert list(prunable(model)) == ["0.weight"]
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", sorted(CRITERIA.keys() - SCORES_STRUCTURE))
 def test_scores_leave_the_model_alone(name):
     model = network().train()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -109,7 +111,8 @@ def test_scores_leave_the_model_alone(name):
     before = deepcopy(model.state_dict())
     optimizer.zero_grad()
     batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.randn(4, 4), "index": torch.arange(4)}
-    losses = lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean(1)
+    squared = lambda new, wanted: (new - wanted).square().sum(1)
+    losses = lambda model, batch, error=squared: error(model(batch["x"]), batch["y"]) / 4
     scores = CRITERIA[name](model, [batch], losses, optimizer=optimizer, seed=0, chunk=3)
     assert {k: v.shape for k, v in scores.items()} == {k: v.shape for k, v in prunable(model).items()}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -158,7 +161,7 @@ def home(tmp_path_factory):
     patch.setenv("TURBVIT_RUNS", str(home / "runs"))
     patch.setenv("TURBVIT_DATA", str(home / "data"))
     waves(home / "data" / "waves")
-    run = open_run(toml(home / "train.toml", output_dir="dense", **sections(), training=finetuning(epochs=3)), "train")
+    run = open_run(toml(home / "train.toml", output_dir="dense", **sections(), training=finetuning(epochs=3, checkpoint_period=1)), "train")
     train(run)
     run.finish()
     yield home
@@ -344,8 +347,8 @@ def test_the_control_keeps_everything(home, reference):
     assert {epochs: row["name"] for epochs, row in chapter.control_rows(run).items()} == {0: "best", 1: rows[1]["name"], 3: rows[2]["name"]}
 
 
-@pytest.mark.parametrize("metric", CRITERIA)
-def test_every_criterion_and_scope(home, metric):
+@pytest.mark.parametrize("metric", sorted(CRITERIA.keys() - SCORES_STRUCTURE))
+def test_every_criterion_scores_weights(home, metric):
     run = start(home, f"by_{metric}", dict(importance_metric=metric, prune_schedule=[0.5], epoch_schedule=[0], scope="layer"))
     rows = prune(run)
     assert rows[1]["name"] == "prune1_remaining_50.0" and all(abs(d - 0.5) < 1e-9 for d in rows[1]["density"].values())
@@ -358,7 +361,7 @@ def test_gradients_know_what_matters(home):
         dense, pruned = prune(run)
         return pruned["pruned"]["validation_loss"] / dense["finetuned"]["validation_loss"]
 
-    ratios = {metric: loss(metric) for metric in CRITERIA}
+    ratios = {metric: loss(metric) for metric in ("taylor", "fisher", "squisher", "l1", "random")}
     assert max(ratios[m] for m in ("taylor", "fisher", "squisher")) < min(ratios["l1"], ratios["random"]), ratios
 
 
@@ -411,7 +414,7 @@ def test_checkpoints_say_what_they_are(home, reference):
 
 
 def test_what_a_stage_keeps_for_a_resume_is_no_result(home, monkeypatch):
-    monkeypatch.setattr(Stages, "tidy", lambda self, step: None)
+    monkeypatch.setattr(Stages, "tidy", lambda self, pruning, step: None)
     run = start(home, "untidy", dict(prune_schedule=[0.5], epoch_schedule=[1]))
     prune(run)
     known = {path.stem: identify(path) for path in run.checkpoints.glob("*.tar")}
@@ -424,10 +427,10 @@ def test_twelve_stages_stand_in_the_order_of_their_making(home):
     "Nothing is trained; files are found by what they say, whatever their names."
     run = start(home, "long", dict(prune_schedule=[0.1] * 12, epoch_schedule=[0] * 12))
     pruning = read_pruning(run.start_checkpoint())
-    pruning.identity = Identity("best")
+    pruning.identity, pieces = Identity("best"), unit_named("weight").pieces(pruning.emulator)
     for index in range(1, 13):
         step = Step(index, 1 - 0.9**index, 0)
-        pruning.masks = select(pruning.masks, l1(pruning.emulator), step)
+        pruning.masks = select(pruning.masks, l1(pruning.emulator), step, pieces)
         assert pruning.after(step).parent == pruning.identity.name
         pruning.identity = pruning.after(step)
         pruning.rows = [*pruning.rows, {"stage": index, "epochs": 0, "percent": pruning.percent, "name": pruning.identity.name}]
@@ -454,7 +457,7 @@ def test_masks_that_remove_almost_nothing_are_no_control(home):
 def test_older_checkpoints_are_known_by_their_names(home, reference):
     "A run whose stages were saved before checkpoints said what they are: found, resumed and shown as before."
     folder = shutil.copytree(reference[0], home / "runs" / "older")
-    control = start(home, "older_control", dict(prune_schedule=[0.0] * 11, epoch_schedule=[0] * 11))
+    control = start(home, "older_control", dict(prune_schedule=[0.0] * 11, epoch_schedule=[0] * 11, importance_metric="l1"))
     rows = prune(control)
     control.finish()
     for path in [*folder.glob("checkpoints/*.tar"), *control.checkpoints.glob("*.tar")]:
@@ -476,3 +479,138 @@ def test_a_pruning_leaves_the_stages_of_another_alone(home):
     with pytest.raises(LabError, match=r"holds prune1_remaining_50.0.tar of the run owner; give each run a checkpoint_dir"):
         start(home, "guest", dict(prune_schedule=[0.2], epoch_schedule=[0]), **shared)
     assert len(prune(open_run(first.path, "prune"))) == 2
+
+
+# Heads, channels, blocks, and what is small then
+
+
+def structure(**more) -> dict:
+    return dict(unit=["head", "channel"], scope="unit", prune_schedule=[0.25, 1 / 3]) | more
+
+
+@pytest.fixture(scope="module")
+def small(home):
+    "A run that removed half of the heads and channels in two stages."
+    run = start(home, "small", structure())
+    rows = prune(run)
+    run.finish()
+    return run.path, rows
+
+
+def files(run_path: Path) -> dict[str, Path]:
+    return {path.stem: path for path in (run_path / "checkpoints").glob("*.tar")}
+
+
+def test_a_small_model_beside_its_masked_twin(small):
+    path, rows = small
+    known = results_in(path / "checkpoints")
+    assert [(i.role, i.stage) for i in known.values()] == [("pruned", 1), ("materialised", 1), ("pruned", 2), ("materialised", 2)]
+    *_, twin, thin = known.values()
+    assert (thin.parent, thin.label, twin.label) == (twin.name, f"small {twin.label}", rows[2]["name"].split("_")[-1].removesuffix(".0") + " %")
+    emulators = {name: load_emulator(files(path)[name]) for name in (twin.name, thin.name)}
+    x, cond = torch.randn(3, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 5)
+    states = [torch.cat(list(rollout(e, x, 4, cond=cond))) for e in emulators.values()]
+    assert (states[0] - states[1]).abs().max() < 1e-5 * states[0].std() * 10
+    config = emulators[thin.name].network.config
+    assert (config["block_heads"], config["block_mlp"]) == ([1], [32])
+    assert rows[2]["left"] == {"head": {"network.blocks.0.attn": 1}, "channel": {"network.blocks.0.mlp": 32}}
+    costs = [card(e)["flops"] for e in emulators.values()]
+    assert rows[2]["small"]["flops"] == costs[1] < 0.75 * costs[0] == 0.75 * rows[2]["flops"]
+    assert rows[2]["small"]["difference"] < 1e-5 and rows[2]["small"]["name"] == thin.name
+
+
+def test_a_small_model_that_was_missed_is_made_later(small):
+    path, rows = small
+    name = rows[1]["small"]["name"]
+    before = read_checkpoint(files(path)[name])
+    files(path)[name].unlink()
+    assert prune(open_run(path, "prune")) == rows
+    assert equal(before, read_checkpoint(files(path)[name]))
+
+
+def same_small(ours: Path, theirs: Path) -> None:
+    "Two runs ended with the same checkpoints, to the bit."
+    assert files(ours).keys() == files(theirs).keys()
+    for name, path in files(ours).items():
+        one, other = ({k: v for k, v in read_checkpoint(p).items() if k not in ("run_id", "run_name")} for p in (path, files(theirs)[name]))
+        assert equal(one, other), name
+
+
+@pytest.mark.parametrize("more", [
+    dict(structure(compensate="ridge")),
+    dict(importance_metric="sparsegpt"),
+    dict(retraining="weight_rewind", rewind_to="epoch1"),
+    dict(unit="2:4", prune_schedule=[0.25, 1 / 3], retraining="lr_rewind", compensate="obs"),
+], ids=["ridge", "sparsegpt", "rewound", "pattern"])
+def test_whatever_is_combined_goes_on_to_the_same_bits(home, monkeypatch, more, request):
+    name = request.node.callspec.id
+    whole = start(home, f"whole_{name}", more)
+    prune(whole)
+    run, finish = start(home, f"stopped_{name}", more), Stages.take
+
+    def dies(self, learner):
+        if learner.step == 5 and learner.epochs == 2:  # in the second epoch of the second stage
+            raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(HoldMasks, "after_batch", dies)
+        prune(run)
+    run.close()
+    assert Stages.take is finish
+    prune(open_run(run.path, "prune"))
+    same_small(run.path, whole.path)
+
+
+def test_a_process_killed_in_a_stage_of_heads_with_compensation(home):
+    "SIGKILL while finetuning the second stage."
+    more = structure(compensate="obs", epoch_schedule=[0, 2])
+    whole = start(home, "heads_whole", more)
+    prune(whole)
+    config = dict(output_dir="heads_killed", checkpoint_file="dense/checkpoints/best.tar", pruning=pruning(**more), finetuning=finetuning())
+    process = subprocess.Popen([sys.executable, "-c", JOB, str(toml(home / "heads_killed.toml", **sections(), **config))])
+    folder, deadline = home / "runs" / "heads_killed", time.monotonic() + 60
+    while not (folder / "checkpoints" / "prune2_last.tar").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    prune(open_run(folder, "prune"))
+    same_small(folder, whole.path)
+
+
+@pytest.mark.parametrize("metric", sorted(CRITERIA))
+def test_every_criterion_scores_heads(home, metric):
+    run = start(home, f"heads_by_{metric}", dict(importance_metric=metric, unit="head", prune_schedule=[0.5], epoch_schedule=[0]))
+    dense, row = prune(run)
+    assert sum(row["left"]["head"].values()) == 1 and run.has(row["small"]["name"])
+
+
+def test_pruning_goes_on_from_a_small_model_and_from_its_twin(home, small):
+    path, rows = small
+    for name, gone in ((rows[2]["name"], 0.5), (rows[2]["small"]["name"], 0.0)):
+        more = dict(unit="channel", prune_schedule=None, target=0.75, epoch_schedule=[1])
+        more = {key: value for key, value in more.items() if value is not None}
+        config = pruning(**more)
+        del config["prune_schedule"]
+        top = dict(output_dir=f"from_{name}", checkpoint_file=str(files(path)[name]))
+        data = {key: value for key, value in sections().items() if key != "model"} | (dict(model=sections()["model"]) if not gone else {})
+        run = open_run(toml(home / "further.toml", **top, **sections(), pruning=config, finetuning=finetuning()), "prune")
+        row = prune(run)[-1]
+        left = row["left"]["channel"]["network.blocks.0.mlp"]
+        assert left == (16 if gone else 8) and load_emulator(files(run.path)[row["small"]["name"]]).network.config["block_mlp"] == [left]
+        run.close()
+
+
+def test_num_iterations_are_rounds_of_pruning_heads(home):
+    run = start(home, "rounds", dict(num_iterations=2, prune_schedule=0.5, epoch_schedule=0, importance_metric="l1"))
+    rows = prune(run)
+    assert [row["left"] for row in rows] == [{"head": {"network.blocks.0.attn": n}} for n in (2, 1, 0)]
+    assert load_emulator(files(run.path)[rows[2]["small"]["name"]]).network.config["block_heads"] == [0]
+
+
+def test_a_target_is_approached_along_a_cubic(home):
+    more = dict(target=0.8, steps=3, shape="cubic", epoch_schedule=0, importance_metric="l1")
+    config = pruning(**more)
+    del config["prune_schedule"]
+    top = dict(output_dir="cubic", checkpoint_file="dense/checkpoints/best.tar")
+    run = open_run(toml(home / "cubic.toml", **top, **sections(), pruning=config, finetuning=finetuning()), "prune")
+    assert [round(row["percent"], 1) for row in prune(run)] == [100.0, *(round(100 - 80 * (1 - (1 - k / 3) ** 3), 1) for k in (1, 2, 3))]
