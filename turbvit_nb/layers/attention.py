@@ -135,8 +135,8 @@ class Block(nn.Module):
         self.mlp = MLP(dim=dim, hidden=round(dim * mlp_ratio) if hidden is None else hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + (self.attn(self.norm1(x)) if self.attn.num_heads else self.attn.proj.bias)
+        return x + (self.mlp(self.norm2(x)) if self.mlp.fc1.out_features else self.mlp.fc2.bias)
 
 # %% ../../nbs/layers/01_attention.ipynb #a3e9b280
 def stack(

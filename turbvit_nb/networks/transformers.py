@@ -55,6 +55,19 @@ def network(
 Width = Annotated[int, Field(ge=0)]  # of a part of a block, which may be gone
 
 
+def _widths_per_block(
+    section: NetworkConfig,
+    tower: str,  # what its keys begin with
+) -> NetworkConfig:
+    "The section. Raises `ValueError` unless a tower has as many widths as blocks."
+    depth = getattr(section, f"{tower}depth")
+    for name in (f"{tower}block_heads", f"{tower}block_mlp"):
+        if (widths := getattr(section, name)) is not None and len(widths) != depth:
+            told = f"one for each of {tower}depth = {depth} blocks is wanted"
+            raise ValueError(f"{name} has {len(widths)} entries, {told}")
+    return section
+
+
 class ViTConfig(NetworkConfig):
     "The keys of a `ViT`."
 
@@ -74,16 +87,14 @@ class ViTConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _block_widths(self):
-        for name in ("block_heads", "block_mlp"):
-            if (widths := getattr(self, name)) is not None and len(widths) != self.depth:
-                told = f"one for each of depth = {self.depth} blocks is wanted"
-                raise ValueError(f"{name} has {len(widths)} entries, {told}")
-        return self
+        return _widths_per_block(self, "")
 
 # %% ../../nbs/networks/00_transformers.ipynb #1fc58080
 @network(ViTConfig)
 class ViT(nn.Module):
     "Vision Transformer: (B, C, T, N, N) → (B, C, 1, N, N)."
+
+    towers = {"blocks": ""}  # its stacks of blocks: what the keys of their widths begin with
 
     def __init__(
         self,
@@ -220,6 +231,10 @@ class EncoderDecoderViTConfig(NetworkConfig):
     decoder_depth: int = Field(2, ge=0)  # its blocks
     decoder_num_heads: int = Field(4, gt=0)  # its attention heads
     mlp_ratio: float = Field(4.0, gt=0)  # hidden width of an MLP in token widths
+    encoder_block_heads: list[Width] | None = None  # heads of each block, where some are removed
+    encoder_block_mlp: list[Width] | None = None  # MLP channels of each, in place of mlp_ratio
+    decoder_block_heads: list[Width] | None = None
+    decoder_block_mlp: list[Width] | None = None
     patch_recovery: Literal["subpixel_conv", "linear", "conv"] = "subpixel_conv"  # from tokens to fields
 
     def divisions(self) -> list[tuple[str, str | int]]:
@@ -230,10 +245,16 @@ class EncoderDecoderViTConfig(NetworkConfig):
         ]
         return [("img_size", "patch_size"), ("num_frames", "tubelet_size"), *sides]
 
+    @model_validator(mode="after")
+    def _block_widths(self):
+        return _widths_per_block(_widths_per_block(self, "encoder_"), "decoder_")
+
 # %% ../../nbs/networks/00_transformers.ipynb #b9c9dee2
 @network(EncoderDecoderViTConfig)
 class EncoderDecoderViT(nn.Module):
     "Vision Transformer over space and time with a decoder: (B, C, T, N, N) → (B, C, T′, N, N)."
+
+    towers = {"encoder": "encoder_", "decoder": "decoder_"}
 
     def __init__(
         self,
@@ -250,13 +271,17 @@ class EncoderDecoderViT(nn.Module):
         tubelet_size: int = 1,  # frames in a tubelet
         in_chans: int = 2,  # fields C
         mlp_ratio: float = 4.0,  # hidden width of the MLPs in token widths
+        encoder_block_heads: list[int] | None = None,  # heads of each block
+        encoder_block_mlp: list[int] | None = None,  # MLP channels of each block
+        decoder_block_heads: list[int] | None = None,
+        decoder_block_mlp: list[int] | None = None,
         num_out_frames: int = 1,  # frames T′ predicted
         patch_recovery: str = "subpixel_conv",  # a key of `RECOVERIES`
         attend: Attend = attention,  # attention kernel
     ):
         super().__init__()
-        self.rows, self.times, self.num_out_frames = img_size // patch_size, num_frames // tubelet_size, num_out_frames
-        block = dict(mlp_ratio=mlp_ratio, attend=attend)
+        self.rows, self.times = img_size // patch_size, num_frames // tubelet_size
+        self.num_out_frames, block = num_out_frames, dict(mlp_ratio=mlp_ratio, attend=attend)
         into = dict(in_chans=in_chans, embed_dim=encoder_embed_dim, patch_size=patch_size)
         out = dict(
             out_chans=in_chans * num_out_frames, embed_dim=decoder_embed_dim, patch_size=patch_size,
@@ -267,7 +292,8 @@ class EncoderDecoderViT(nn.Module):
             spacetime_positions(self.times, self.rows, self.rows, encoder_embed_dim)[None],
         )
         self.encoder = stack(
-            encoder_depth, dim=encoder_embed_dim, num_heads=encoder_num_heads, **block,
+            encoder_depth, dim=encoder_embed_dim, num_heads=encoder_num_heads,
+            heads=encoder_block_heads, hidden=encoder_block_mlp, **block,
         )
         self.encoder_norm = nn.LayerNorm(encoder_embed_dim)
         self.bridge = nn.Linear(self.times * encoder_embed_dim, decoder_embed_dim)
@@ -275,7 +301,8 @@ class EncoderDecoderViT(nn.Module):
             "decoder_pos_embed", torus_positions(self.rows, self.rows, decoder_embed_dim)[None],
         )
         self.decoder = stack(
-            decoder_depth, dim=decoder_embed_dim, num_heads=decoder_num_heads, **block,
+            decoder_depth, dim=decoder_embed_dim, num_heads=decoder_num_heads,
+            heads=decoder_block_heads, hidden=decoder_block_mlp, **block,
         )
         self.norm = nn.LayerNorm(decoder_embed_dim)
         self.patchrecovery = RECOVERIES[patch_recovery](**out)
