@@ -625,6 +625,9 @@ def load_legacy(
     return _registered(KINDS, "legacy", "turbvit_nb.legacy", str(path)).network(path, **config)
 
 # %% ../nbs/00_model.ipynb #649ef887
+_OWN = {"dropout", "legacy_token_layout", "block_heads", "block_mlp"}  # a checkpoint's, not the section's
+
+
 def check_start(
     config: Config,  # of a job
     section: ModelConfig | None = None,  # its [model], if it has one
@@ -638,7 +641,7 @@ def check_start(
             continue
         there, here = emulator.network.config, section.model_dump()
         for key in NETWORKS[section.model_type].section.model_fields:
-            if there.get(key) != here[key] and key not in ("dropout", "legacy_token_layout"):
+            if there.get(key) != here[key] and key not in _OWN:
                 told = f"{key} is {there.get(key)} there and {here[key]} in [model]"
                 raise LabError(f"checkpoint_file = {named} does not fit the model: {told}")
 

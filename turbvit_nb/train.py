@@ -25,7 +25,7 @@ from .lab.progress import note
 from .lab.runs import Run
 from .lab.training import LoopConfig, fit
 from turbvit_nb.model import (
-    Emulator, create_emulator, emulator_state, load_emulator, load_weights, losses,
+    Emulator, Kind, ModelConfig, create_emulator, emulator_state, load_emulator, load_weights, losses,
 )
 
 # %% ../nbs/02_train.ipynb #7417906a
@@ -44,11 +44,12 @@ class TrainingConfig(LoopConfig):
 
 # %% ../nbs/02_train.ipynb #38d142c0
 def build_data(
-    run: Run,  # open; its config has [model], [train_dataset] and [validation_dataset]
+    run: Run,  # open; its config has [train_dataset] and [validation_dataset]
+    model: ModelConfig | Kind | None = None,  # has the `fields` and `num_frames` wanted; [model]
 ) -> tuple[FrameDataset, FrameDataset]:  # training, validation
     "The two data sets of a run, made first when there is a [generate] section. Raises `LabError`."
     ensure_data(run.config)
-    model = run.config.section("model")
+    model = run.config.section("model") if model is None else model
     train_set, validation_set = (
         open_dataset(run.config.section(name), model.fields, model.num_frames, name)
         for name in ("train_dataset", "validation_dataset")

@@ -563,6 +563,20 @@ def next_stage(
     raise LabError(f"{folder}: nothing to resume, done are {', '.join(entries)}; {remedy}")
 
 # %% ../../nbs/lab/08_jobs.ipynb #6f5f56ff
+def _in_turn(
+    through: list[Chapter],  # in the order of their numbers
+    after: Mapping[str, Iterable[str]],  # stage: those it is made from
+) -> list[Chapter]:
+    "The chapters, each after those that it is made from."
+    waiting, found = list(through), []
+    while waiting:
+        names = {chapter.stage for chapter in waiting}
+        free = (chapter for chapter in waiting if not names & {*after[chapter.stage]})
+        found.append(next(free))
+        waiting.remove(found[-1])
+    return found
+
+# %% ../../nbs/lab/08_jobs.ipynb #ab701513
 @dataclass(frozen=True)
 class Step:
     "A stage on the way through a config."
@@ -580,7 +594,7 @@ class Step:
 def steps(
     config: str | os.PathLike,  # TOML file or run folder
     overrides: Iterable[str] = (),  # "training.epochs=3", …
-) -> list[Step]:  # in the order of the chapters
+) -> list[Step]:  # in the order of the chapters, each after what it is made from
     "What a config asks for and how far it is."
     path, known = find_config(config), registry()["stages"]
     settings = load_config(path, overrides)
@@ -588,19 +602,33 @@ def steps(
     folder = path if path.is_dir() else run_folder(name) if name else None
     entries = stages(folder) if folder else {}
     through = [chapter for chapter in chapters() if chapter.stage in known]
-    lacks = {c.stage: s for c in through if not settings.has(s := known[c.stage]["section"])}
-    state = {c.stage: _how_far(entries.get(c.stage), lacks.get(c.stage)) for c in through}
+    through = _in_turn(through, {stage: entry["after"] for stage, entry in known.items()})
+    why = {c.stage: _left_out(settings, known[c.stage], c.stage in entries) for c in through}
+    state = {c.stage: _how_far(entries.get(c.stage), why[c.stage]) for c in through}
     source = lambda stage: str(folder if stage in entries else config)
     return [Step(c, state[c.stage], source(c.stage)) for c in through]
 
-# %% ../../nbs/lab/08_jobs.ipynb #2a047b01
+# %% ../../nbs/lab/08_jobs.ipynb #ee97894c
+def _left_out(
+    config: Settings,
+    stage: dict,  # its entry in the registry
+    begun: bool,  # whether it has been asked for by name
+) -> str | None:
+    "Why a config does not ask for a stage; None when it does."
+    section, other = stage["section"], stage.get("unless")
+    if not config.has(section):
+        return f"no [{section}] in the config"
+    taken = other and config.has(other) and not begun
+    return f"[{section}] belongs to [{other}]" if taken else None
+
+
 def _how_far(
     entry: dict | None,  # of the stage in the status
-    lacks: str | None,  # the section that the config has not
+    left_out: str | None,  # why the config does not ask for it
 ) -> str:
     "The state of a step."
-    if lacks:
-        return f"left out: no [{lacks}] in the config"
+    if left_out:
+        return f"left out: {left_out}"
     if entry is None:
         return "to do"
     if entry["state"] != "done":
