@@ -199,6 +199,9 @@ def importance(
         settings = run.config.section("finetuning", FinetuningConfig())
         moments = pruning.optimizer_state
         context["optimizer"] = restored_optimizer(pruning.emulator.network, settings, moments)
+    kinds = set(unit_named(wanted.unit).kinds)
+    if kinds <= {"head", "channel"}:  # gates on the others would be for nothing
+        context["kinds"] = sorted(kinds)
     return CRITERIA[wanted.importance_metric](pruning.emulator, batches, losses, **context)
 
 # %% ../nbs/03_prune.ipynb #21e300d3
