@@ -410,7 +410,8 @@ def test_checkpoints_say_what_they_are(home, reference):
     assert (first.name, first.role, first.stage, first.parent) == (rows[1]["name"], "pruned", 1, "dense/checkpoints/best.tar")
     assert (second.label, second.stage, second.parent, second.remaining) == ("60 %", 2, first.name, rows[2]["percent"])
     trained = {p.stem: identify(p) for p in (home / "runs" / "dense" / "checkpoints").glob("*.tar")}
-    assert {name: (i.role, i.stage, i.result) for name, i in trained.items()} == {"best": ("dense", 0, True), "last": ("dense", 0, False)}
+    assert {name: (i.role, i.stage, i.result) for name, i in trained.items()} == {
+        "best": ("dense", 0, True), **{name: ("dense", 0, False) for name in ("last", "epoch0001", "epoch0002", "epoch0003")}}
 
 
 def test_what_a_stage_keeps_for_a_resume_is_no_result(home, monkeypatch):
