@@ -1,4 +1,5 @@
 """Pruning: masks that no wrapper sees, and the whole job with its crashes."""
+import json
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
 from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, load_emulator, losses, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
-from turbvit_nb.prune import Stages, prune, read_pruning
+from turbvit_nb.prune import Stages, open_stages, prune, read_pruning
 from turbvit_nb.train import train
 
 
@@ -188,7 +189,12 @@ def finetuning(**more) -> dict:
 
 
 def pruning(**more) -> dict:
-    return dict(importance_metric="taylor", prune_schedule=[0.2, 0.25], epoch_schedule=[1, 2], score_batches=2) | more
+    return but(dict(importance_metric="taylor", prune_schedule=[0.2, 0.25], epoch_schedule=[1, 2], score_batches=2) | more)
+
+
+def but(keys: dict) -> dict:
+    "Without those that are None."
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def start(home: Path, name: str, more: dict | None = None, tune: dict | None = None, **extra):
@@ -590,12 +596,7 @@ def test_pruning_goes_on_from_a_small_model_and_from_its_twin(home, small):
     path, rows = small
     for name, gone in ((rows[2]["name"], 0.5), (rows[2]["small"]["name"], 0.0)):
         more = dict(unit="channel", prune_schedule=None, target=0.75, epoch_schedule=[1])
-        more = {key: value for key, value in more.items() if value is not None}
-        config = pruning(**more)
-        del config["prune_schedule"]
-        top = dict(output_dir=f"from_{name}", checkpoint_file=str(files(path)[name]))
-        data = {key: value for key, value in sections().items() if key != "model"} | (dict(model=sections()["model"]) if not gone else {})
-        run = open_run(toml(home / "further.toml", **top, **sections(), pruning=config, finetuning=finetuning()), "prune")
+        run = start(home, f"from_{name}", more, checkpoint_file=str(files(path)[name]))
         row = prune(run)[-1]
         left = row["left"]["channel"]["network.blocks.0.mlp"]
         assert left == (16 if gone else 8) and load_emulator(files(run.path)[row["small"]["name"]]).network.config["block_mlp"] == [left]
@@ -610,9 +611,55 @@ def test_num_iterations_are_rounds_of_pruning_heads(home):
 
 
 def test_a_target_is_approached_along_a_cubic(home):
-    more = dict(target=0.8, steps=3, shape="cubic", epoch_schedule=0, importance_metric="l1")
-    config = pruning(**more)
-    del config["prune_schedule"]
-    top = dict(output_dir="cubic", checkpoint_file="dense/checkpoints/best.tar")
-    run = open_run(toml(home / "cubic.toml", **top, **sections(), pruning=config, finetuning=finetuning()), "prune")
+    more = dict(prune_schedule=None, target=0.8, steps=3, shape="cubic", epoch_schedule=0, importance_metric="l1")
+    run = start(home, "cubic", more)
     assert [round(row["percent"], 1) for row in prune(run)] == [100.0, *(round(100 - 80 * (1 - (1 - k / 3) ** 3), 1) for k in (1, 2, 3))]
+
+
+def test_measured_milliseconds_are_kept_and_used_again(home):
+    "A table that says a head costs as much as all channels: the heads go, again after a crash, and nothing is measured twice."
+    more = structure(scope="ms", prune_schedule=None, target=0.6, epoch_schedule=1, importance_metric="random")
+    run = start(home, "timed", more)
+    stages = open_stages(run, run.start_checkpoint())
+    pruning = read_pruning(run.start_checkpoint())
+    prices = stages.prices(pruning, stages.pieces(pruning))
+    table = json.loads((run.path / "latency.json").read_text())
+    assert len(prices) == 66 and (prices > 0).all() and table["batch_size"] == 8
+    table["each"]["blocks"] |= {"head": 64.0, "channel": 1e-3}
+    (run.path / "latency.json").write_text(json.dumps(table))
+    before = (run.path / "latency.json").stat().st_mtime_ns
+    row = prune(run)[-1]
+    spent = 64 * (2 - row["left"]["head"]["network.blocks.0.attn"]) + 1e-3 * (64 - row["left"]["channel"]["network.blocks.0.mlp"])
+    assert row["left"]["head"]["network.blocks.0.attn"] == 1 and spent <= 0.6 * (128 + 0.064)
+    assert (run.path / "latency.json").stat().st_mtime_ns == before
+
+
+def test_what_cannot_be_carried_out_is_one_line_before_the_run_is_made(home, small):
+    path, rows = small
+    half = str(files(path)[rows[2]["name"]])
+    cases = [
+        (dict(unit="head", prune_schedule=None, target=0.25), dict(checkpoint_file=half), "target = 0.25, but 0.5 is gone already: what is pruned does not return"),
+        (dict(prune_schedule=None, targets=[0.5, 0.3]), {}, "targets fall from 0.5 to 0.3: what is pruned does not return"),
+        (dict(unit="2:4", prune_schedule=[0.6], epoch_schedule=1), {}, "unit = '2:4' can have a fraction of 0, 0.25, 0.5 gone, and step 1 wants 0.6"),
+        (dict(unit="3:7", prune_schedule=[0.5], epoch_schedule=1), {}, "which do not make groups of 7"),
+        (dict(scope="ms"), {}, "scope = ms is for heads, channels and blocks: unit = weight saves no time"),
+        (dict(importance_metric="leave_one_out"), {}, "leave_one_out scores heads and channels, not unit = weight"),
+        (dict(retraining="weight_rewind"), {}, "retraining = weight_rewind and rewind_to belong together"),
+        (dict(retraining="weight_rewind", rewind_to="epoch9"), {}, "rewind_to = epoch9: no such checkpoint in .*, which has epoch0001, epoch0002, epoch0003"),
+        (dict(retraining="weight_rewind", rewind_to="epoch3"), {}, "rewind_to = epoch0003 is epoch 3 of 3: there is nothing left to train"),
+        (dict(retraining="lr_rewind", epoch_schedule=9), {}, "epoch_schedule has 9 epochs, the training had 3"),
+        (dict(unit="head"), dict(model=sections()["model"] | dict(num_heads=3)), "embed_dim = 16 is not divisible by num_heads = 3"),
+        (dict(num_iterations=5), {}, "num_iterations is for 5 steps and prune_schedule for 2"),
+    ]
+    for more, extra, message in cases:
+        with pytest.raises(LabError, match=message) as caught:
+            start(home, "impossible", more, **extra)
+        assert "\n" not in str(caught.value) and not (home / "runs" / "impossible").exists(), message
+
+
+def test_a_run_that_removed_weights_does_not_go_on_with_heads(home, reference):
+    "An older file with num_iterations, which was ignored: its stages removed single weights."
+    folder = shutil.copytree(reference[0], home / "runs" / "changed")
+    (folder / "checkpoints" / f"{FINAL}.tar").unlink()
+    with pytest.raises(LabError, match="prune1_remaining_80.0 of this run removed unit = weight, the config means head; set pruning.unit"):
+        prune(open_run(folder, "prune", overrides=["pruning.unit='head'", "pruning.materialize=true"]))

@@ -42,11 +42,11 @@ from turbvit_nb.train import (
 
 # %% ../nbs/03_prune.ipynb #be307d10
 class FinetuningConfig(TrainingConfig):
-    "The section `[finetuning]`: the keys of `[training]` and one more; `epoch_schedule` sets `epochs`."
+    "The section `[finetuning]`: the keys of `[training]` and one more; not `epochs`."
 
     lr: float = Field(5e-4, gt=0)  # peak learning rate of each stage
     warmup_epochs: float = Field(0.5, ge=0)  # at the start of each stage
-    unroll_start: float = Field(0.0, ge=0, le=1)  # fraction of the epochs after which it is unrolled
+    unroll_start: float = Field(0.0, ge=0, le=1)  # fraction of the epochs before it is unrolled
     restart_optimizer: bool = False  # begin each stage with fresh moments
 
 # %% ../nbs/03_prune.ipynb #73900afc
@@ -180,8 +180,9 @@ def finetune(
         prefix=f"prune{step.index}_", optimizer=optimizer,
         identity=replace(pruning.after(step), result=False),
     )
-    for average in [callback.average for callback in learner.callbacks if isinstance(callback, EMA)]:
-        pruning.emulator.network.load_state_dict(average)
+    for callback in learner.callbacks:
+        if isinstance(callback, EMA):
+            pruning.emulator.network.load_state_dict(callback.average)
     pruning.masks, pruning.optimizer_state = hold.masks, optimizer.state_dict()
     return {"finetuned": self.validation.skill(pruning.emulator)}
 
@@ -192,7 +193,7 @@ def prices(
     pruning: Pruning,
     pieces: Pieces,
 ) -> Tensor:  # (n,) milliseconds
-    "What each piece takes, by the table `latency.json` of the run, which is measured first where there is none."
+    "What each piece takes, by `latency.json` of the run, which is measured where there is none."
     table, batch_size = self.run.path / "latency.json", self.wanted.latency_batch_size
     return costs(kept_latency(table, pruning.emulator, batch_size), pieces)
 

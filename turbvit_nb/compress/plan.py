@@ -44,7 +44,7 @@ class PruningConfig(ScheduleConfig):
     compensate: Literal["none", "obs", "ridge"] = "none"  # obs for sparsegpt unless said
     retraining: Literal["finetune", "lr_rewind", "weight_rewind"] = "finetune"
     rewind_to: str | None = None  # weight_rewind: a checkpoint of the training, as "epoch4"
-    materialize: bool = False  # a small model per stage; true for heads, channels, blocks unless said
+    materialize: bool = False  # a small model per stage; true for structures unless said
     width_multiple: int = Field(1, gt=0)  # of the small model's MLPs
     control: str | None = None  # a run with a schedule of zeros, to show beside this one
 
@@ -54,7 +54,8 @@ class PruningConfig(ScheduleConfig):
         "What follows from the unit and the criterion, unless it is said."
         unit = keys.get("unit", "head" if "num_iterations" in keys else "weight")
         metric, structure = keys.get("importance_metric"), False
-        if isinstance(unit, str) or (isinstance(unit, list) and all(isinstance(u, str) for u in unit)):
+        words = unit if isinstance(unit, list) else [unit]
+        if all(isinstance(word, str) for word in words):
             structure = unit_named(unit).removable
         rowwise = metric in ("wanda", "sparsegpt") and unit == "weight"
         own = {"scope": "row" if rowwise else "global", "materialize": structure}
@@ -76,7 +77,8 @@ def combine(self: PruningConfig) -> None:
     if metric in SCORES_STRUCTURE and not unit.removable:
         raise ValueError(f"{metric} scores heads and channels, not unit = {unit}; use fisher")
     if self.scope == "ms" and not unit.removable:
-        raise ValueError(f"scope = ms is for heads, channels and blocks: unit = {unit} saves no time")
+        saves = f"unit = {unit} saves no time"
+        raise ValueError(f"scope = ms is for heads, channels and blocks: {saves}")
     if self.compensate == "ridge" and not unit.removable:
         raise ValueError(f"compensate = ridge is for heads and channels; for unit = {unit} use obs")
     if (self.retraining == "weight_rewind") != (self.rewind_to is not None):

@@ -41,7 +41,8 @@ def steps_to(
         raise LabError(f"{len(targets)} steps and {len(epochs)} numbers of epochs: give as many")
     for target in targets:
         if not 0 <= target < 1:
-            raise LabError(f"a target of {target:g}: it is the share that is gone, from 0 to below 1")
+            rule = "it is the share that is gone, from 0 to below 1"
+            raise LabError(f"a target of {target:g}: {rule}")
     if targets and targets[0] < gone - 1e-9:
         there = f"{100 * gone:.4g} % are gone already and step 1 wants {100 * targets[0]:.4g} %"
         raise LabError(f"{there}: what is pruned does not return")

@@ -51,7 +51,8 @@ class Pruning:
 
     def after(self, step: Step) -> Identity:
         "What its checkpoint after a stage is."
-        name, role = f"prune{step.index}_remaining_{self.percent:.1f}", "control" if self.whole else "pruned"
+        name = f"prune{step.index}_remaining_{self.percent:.1f}"
+        role = "control" if self.whole else "pruned"
         return Identity(name, role, step.index, self.percent, parent=self.identity.name)
 
 # %% ../../nbs/compress/11_stages.ipynb #aea7fa62
@@ -137,8 +138,10 @@ def difference(
     batch: dict[str, Tensor],  # x and cond
 ) -> float:  # in standard deviations of the field
     "The largest difference between the steps of two emulators."
-    steps = [each.eval()(batch["x"], batch["cond"]) for each in (one, other)]
-    return one.normaliser.normalise(steps[0]).sub(one.normaliser.normalise(steps[1])).abs().max().item()
+    first, second = (
+        one.normaliser.normalise(each.eval()(batch["x"], batch["cond"])) for each in (one, other)
+    )
+    return (first - second).abs().max().item()
 
 # %% ../../nbs/compress/11_stages.ipynb #d1616a5e
 def rate(
@@ -181,12 +184,14 @@ def epoch_file(
     "The checkpoint of an early epoch. Raises `LabError`."
     number = name.removeprefix("epoch")
     padded = f"epoch{int(number):04d}" if number.isdigit() else name
-    for path in (Path(name).expanduser(), folder / f"{padded}.tar", folder / f"{name}.tar", folder / name):
+    files = (folder / f"{padded}.tar", folder / f"{name}.tar", folder / name)
+    for path in (Path(name).expanduser(), *files):
         if path.is_file():
             return path
     there = ", ".join(sorted(p.stem for p in folder.glob("epoch*.tar"))) or "none"
     remedy = "training.checkpoint_period says which epochs are kept"
-    raise LabError(f"rewind_to = {name}: no such checkpoint in {folder}, which has {there}; {remedy}")
+    missing = f"rewind_to = {name}: no such checkpoint in {folder}"
+    raise LabError(f"{missing}, which has {there}; {remedy}")
 
 
 def rewind(
