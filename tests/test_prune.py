@@ -1,4 +1,5 @@
 """Pruning: masks that no wrapper sees, and the whole job with its crashes."""
+import json
 import shutil
 import subprocess
 import sys
@@ -15,18 +16,17 @@ from torch import nn
 from turbvit_nb import prune as chapter
 from turbvit_nb.compress.criteria import CRITERIA, SCORES_STRUCTURE, l1, sample_mean
 from turbvit_nb.compress.masks import HoldMasks, Masks, prunable
-from turbvit_nb.compress.schedules import Step, schedule, select
+from turbvit_nb.compress.schedules import Step
+from turbvit_nb.compress.selection import select
+from turbvit_nb.compress.units import unit_named
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
-from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, load_emulator, losses
+from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, load_emulator, losses, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
-from turbvit_nb.prune import Stages, prune, read_pruning
+from turbvit_nb.prune import Stages, open_stages, prune, read_pruning
 from turbvit_nb.train import train
-
-
-OF_WEIGHTS = [name for name in CRITERIA if name not in SCORES_STRUCTURE]
 
 
 class Stub:
@@ -42,7 +42,7 @@ def network() -> nn.Module:
 
 
 def halved(model: nn.Module) -> Masks:
-    return select(Masks.dense(prunable(model)), l1(model), schedule([0.5], [1])[0])
+    return select(Masks.dense(prunable(model)), l1(model), Step(1, 0.5, 1), unit_named("weight").pieces(model))
 
 
 def advance(model: nn.Module, hold: HoldMasks, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -104,7 +104,7 @@ def test_tied_weights_are_counted_once():
     assert list(prunable(model)) == ["0.weight"]
 
 
-@pytest.mark.parametrize("name", OF_WEIGHTS)
+@pytest.mark.parametrize("name", sorted(CRITERIA.keys() - SCORES_STRUCTURE))
 def test_scores_leave_the_model_alone(name):
     model = network().train()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -112,8 +112,8 @@ def test_scores_leave_the_model_alone(name):
     before = deepcopy(model.state_dict())
     optimizer.zero_grad()
     batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.randn(4, 4), "index": torch.arange(4)}
-    squares = lambda new, wanted: (new - wanted).square().sum(1)
-    losses = lambda model, batch, error=squares: error(model(batch["x"]), batch["y"]) / 4
+    squared = lambda new, wanted: (new - wanted).square().sum(1)
+    losses = lambda model, batch, error=squared: error(model(batch["x"]), batch["y"]) / 4
     scores = CRITERIA[name](model, [batch], losses, optimizer=optimizer, seed=0, chunk=3)
     assert {k: v.shape for k, v in scores.items()} == {k: v.shape for k, v in prunable(model).items()}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -162,7 +162,7 @@ def home(tmp_path_factory):
     patch.setenv("TURBVIT_RUNS", str(home / "runs"))
     patch.setenv("TURBVIT_DATA", str(home / "data"))
     waves(home / "data" / "waves")
-    run = open_run(toml(home / "train.toml", output_dir="dense", **sections(), training=finetuning(epochs=3)), "train")
+    run = open_run(toml(home / "train.toml", output_dir="dense", **sections(), training=finetuning(epochs=3, checkpoint_period=1)), "train")
     train(run)
     run.finish()
     yield home
@@ -189,7 +189,12 @@ def finetuning(**more) -> dict:
 
 
 def pruning(**more) -> dict:
-    return dict(importance_metric="taylor", prune_schedule=[0.2, 0.25], epoch_schedule=[1, 2], score_batches=2) | more
+    return but(dict(importance_metric="taylor", prune_schedule=[0.2, 0.25], epoch_schedule=[1, 2], score_batches=2) | more)
+
+
+def but(keys: dict) -> dict:
+    "Without those that are None."
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def start(home: Path, name: str, more: dict | None = None, tune: dict | None = None, **extra):
@@ -348,8 +353,8 @@ def test_the_control_keeps_everything(home, reference):
     assert {epochs: row["name"] for epochs, row in chapter.control_rows(run).items()} == {0: "best", 1: rows[1]["name"], 3: rows[2]["name"]}
 
 
-@pytest.mark.parametrize("metric", OF_WEIGHTS)
-def test_every_criterion_and_scope(home, metric):
+@pytest.mark.parametrize("metric", sorted(CRITERIA.keys() - SCORES_STRUCTURE))
+def test_every_criterion_scores_weights(home, metric):
     run = start(home, f"by_{metric}", dict(importance_metric=metric, prune_schedule=[0.5], epoch_schedule=[0], scope="layer"))
     rows = prune(run)
     assert rows[1]["name"] == "prune1_remaining_50.0" and all(abs(d - 0.5) < 1e-9 for d in rows[1]["density"].values())
@@ -362,7 +367,7 @@ def test_gradients_know_what_matters(home):
         dense, pruned = prune(run)
         return pruned["pruned"]["validation_loss"] / dense["finetuned"]["validation_loss"]
 
-    ratios = {metric: loss(metric) for metric in OF_WEIGHTS}
+    ratios = {metric: loss(metric) for metric in ("taylor", "fisher", "gauss_newton", "squisher", "l1", "random")}
     assert max(ratios[m] for m in ("taylor", "fisher", "gauss_newton", "squisher")) < min(ratios["l1"], ratios["random"]), ratios
 
 
@@ -411,11 +416,12 @@ def test_checkpoints_say_what_they_are(home, reference):
     assert (first.name, first.role, first.stage, first.parent) == (rows[1]["name"], "pruned", 1, "dense/checkpoints/best.tar")
     assert (second.label, second.stage, second.parent, second.remaining) == ("60 %", 2, first.name, rows[2]["percent"])
     trained = {p.stem: identify(p) for p in (home / "runs" / "dense" / "checkpoints").glob("*.tar")}
-    assert {name: (i.role, i.stage, i.result) for name, i in trained.items()} == {"best": ("dense", 0, True), "last": ("dense", 0, False)}
+    assert {name: (i.role, i.stage, i.result) for name, i in trained.items()} == {
+        "best": ("dense", 0, True), **{name: ("dense", 0, False) for name in ("last", "epoch0001", "epoch0002", "epoch0003")}}
 
 
 def test_what_a_stage_keeps_for_a_resume_is_no_result(home, monkeypatch):
-    monkeypatch.setattr(Stages, "tidy", lambda self, step: None)
+    monkeypatch.setattr(Stages, "tidy", lambda self, pruning, step: None)
     run = start(home, "untidy", dict(prune_schedule=[0.5], epoch_schedule=[1]))
     prune(run)
     known = {path.stem: identify(path) for path in run.checkpoints.glob("*.tar")}
@@ -428,10 +434,10 @@ def test_twelve_stages_stand_in_the_order_of_their_making(home):
     "Nothing is trained; files are found by what they say, whatever their names."
     run = start(home, "long", dict(prune_schedule=[0.1] * 12, epoch_schedule=[0] * 12))
     pruning = read_pruning(run.start_checkpoint())
-    pruning.identity = Identity("best")
+    pruning.identity, pieces = Identity("best"), unit_named("weight").pieces(pruning.emulator)
     for index in range(1, 13):
         step = Step(index, 1 - 0.9**index, 0)
-        pruning.masks = select(pruning.masks, l1(pruning.emulator), step)
+        pruning.masks = select(pruning.masks, l1(pruning.emulator), step, pieces)
         assert pruning.after(step).parent == pruning.identity.name
         pruning.identity = pruning.after(step)
         pruning.rows = [*pruning.rows, {"stage": index, "epochs": 0, "percent": pruning.percent, "name": pruning.identity.name}]
@@ -458,7 +464,7 @@ def test_masks_that_remove_almost_nothing_are_no_control(home):
 def test_older_checkpoints_are_known_by_their_names(home, reference):
     "A run whose stages were saved before checkpoints said what they are: found, resumed and shown as before."
     folder = shutil.copytree(reference[0], home / "runs" / "older")
-    control = start(home, "older_control", dict(prune_schedule=[0.0] * 11, epoch_schedule=[0] * 11))
+    control = start(home, "older_control", dict(prune_schedule=[0.0] * 11, epoch_schedule=[0] * 11, importance_metric="l1"))
     rows = prune(control)
     control.finish()
     for path in [*folder.glob("checkpoints/*.tar"), *control.checkpoints.glob("*.tar")]:
@@ -480,3 +486,180 @@ def test_a_pruning_leaves_the_stages_of_another_alone(home):
     with pytest.raises(LabError, match=r"holds prune1_remaining_50.0.tar of the run owner; give each run a checkpoint_dir"):
         start(home, "guest", dict(prune_schedule=[0.2], epoch_schedule=[0]), **shared)
     assert len(prune(open_run(first.path, "prune"))) == 2
+
+
+# Heads, channels, blocks, and what is small then
+
+
+def structure(**more) -> dict:
+    return dict(unit=["head", "channel"], scope="unit", prune_schedule=[0.25, 1 / 3]) | more
+
+
+@pytest.fixture(scope="module")
+def small(home):
+    "A run that removed half of the heads and channels in two stages."
+    run = start(home, "small", structure())
+    rows = prune(run)
+    run.finish()
+    return run.path, rows
+
+
+def files(run_path: Path) -> dict[str, Path]:
+    return {path.stem: path for path in (run_path / "checkpoints").glob("*.tar")}
+
+
+def test_a_small_model_beside_its_masked_twin(small):
+    path, rows = small
+    known = results_in(path / "checkpoints")
+    assert [(i.role, i.stage) for i in known.values()] == [("pruned", 1), ("materialised", 1), ("pruned", 2), ("materialised", 2)]
+    *_, twin, thin = known.values()
+    assert (thin.parent, thin.label, twin.label) == (twin.name, f"small {twin.label}", rows[2]["name"].split("_")[-1].removesuffix(".0") + " %")
+    emulators = {name: load_emulator(files(path)[name]) for name in (twin.name, thin.name)}
+    x, cond = torch.randn(3, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 5)
+    states = [torch.cat(list(rollout(e, x, 4, cond=cond))) for e in emulators.values()]
+    assert (states[0] - states[1]).abs().max() < 1e-5 * states[0].std() * 10
+    config = emulators[thin.name].network.config
+    assert (config["block_heads"], config["block_mlp"]) == ([1], [32])
+    assert rows[2]["left"] == {"head": {"network.blocks.0.attn": 1}, "channel": {"network.blocks.0.mlp": 32}}
+    costs = [card(e)["flops"] for e in emulators.values()]
+    block = 24 * 16 * 16**2 + 4 * 16**2 * 16  # of 16 tokens of width 16, half of which has gone
+    assert (rows[2]["flops"], rows[2]["small"]["flops"]) == (costs[0], costs[1]) == (costs[0], costs[0] - block // 2)
+    assert rows[2]["small"]["difference"] < 1e-5 and rows[2]["small"]["name"] == thin.name
+
+
+def test_a_small_model_that_was_missed_is_made_later(small):
+    path, rows = small
+    name = rows[1]["small"]["name"]
+    before = read_checkpoint(files(path)[name])
+    files(path)[name].unlink()
+    assert prune(open_run(path, "prune")) == rows
+    assert equal(before, read_checkpoint(files(path)[name]))
+
+
+def same_small(ours: Path, theirs: Path) -> None:
+    "Two runs ended with the same checkpoints, to the bit."
+    assert files(ours).keys() == files(theirs).keys()
+    for name, path in files(ours).items():
+        one, other = ({k: v for k, v in read_checkpoint(p).items() if k not in ("run_id", "run_name")} for p in (path, files(theirs)[name]))
+        assert equal(one, other), name
+
+
+@pytest.mark.parametrize("more", [
+    dict(structure(compensate="ridge")),
+    dict(importance_metric="sparsegpt"),
+    dict(retraining="weight_rewind", rewind_to="epoch1"),
+    dict(unit="2:4", prune_schedule=[0.25, 1 / 3], retraining="lr_rewind", compensate="obs"),
+], ids=["ridge", "sparsegpt", "rewound", "pattern"])
+def test_whatever_is_combined_goes_on_to_the_same_bits(home, monkeypatch, more, request):
+    name = request.node.callspec.id
+    whole = start(home, f"whole_{name}", more)
+    prune(whole)
+    run, finish = start(home, f"stopped_{name}", more), Stages.take
+
+    def dies(self, learner):
+        if learner.step == 5 and learner.epochs == 2:  # in the second epoch of the second stage
+            raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(HoldMasks, "after_batch", dies)
+        prune(run)
+    run.close()
+    assert Stages.take is finish
+    prune(open_run(run.path, "prune"))
+    same_small(run.path, whole.path)
+
+
+def test_a_process_killed_in_a_stage_of_heads_with_compensation(home):
+    "SIGKILL while finetuning the second stage."
+    more = structure(compensate="obs", epoch_schedule=[0, 2])
+    whole = start(home, "heads_whole", more)
+    prune(whole)
+    config = dict(output_dir="heads_killed", checkpoint_file="dense/checkpoints/best.tar", pruning=pruning(**more), finetuning=finetuning())
+    process = subprocess.Popen([sys.executable, "-c", JOB, str(toml(home / "heads_killed.toml", **sections(), **config))])
+    folder, deadline = home / "runs" / "heads_killed", time.monotonic() + 60
+    while not (folder / "checkpoints" / "prune2_last.tar").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    prune(open_run(folder, "prune"))
+    same_small(folder, whole.path)
+
+
+@pytest.mark.parametrize("metric", sorted(CRITERIA))
+def test_every_criterion_scores_heads(home, metric):
+    run = start(home, f"heads_by_{metric}", dict(importance_metric=metric, unit="head", prune_schedule=[0.5], epoch_schedule=[0]))
+    dense, row = prune(run)
+    assert sum(row["left"]["head"].values()) == 1 and run.has(row["small"]["name"])
+
+
+def test_pruning_goes_on_from_a_small_model_and_from_its_twin(home, small):
+    path, rows = small
+    for name, gone in ((rows[2]["name"], 0.5), (rows[2]["small"]["name"], 0.0)):
+        more = dict(unit="channel", prune_schedule=None, target=0.75, epoch_schedule=[1])
+        run = start(home, f"from_{name}", more, checkpoint_file=str(files(path)[name]))
+        row = prune(run)[-1]
+        left = row["left"]["channel"]["network.blocks.0.mlp"]
+        assert left == (16 if gone else 8) and load_emulator(files(run.path)[row["small"]["name"]]).network.config["block_mlp"] == [left]
+        run.close()
+
+
+def test_num_iterations_are_rounds_of_pruning_heads(home):
+    run = start(home, "rounds", dict(num_iterations=2, prune_schedule=0.5, epoch_schedule=0, importance_metric="l1"))
+    rows = prune(run)
+    assert [row["left"] for row in rows] == [{"head": {"network.blocks.0.attn": n}} for n in (2, 1, 0)]
+    assert load_emulator(files(run.path)[rows[2]["small"]["name"]]).network.config["block_heads"] == [0]
+
+
+def test_a_target_is_approached_along_a_cubic(home):
+    more = dict(prune_schedule=None, target=0.8, steps=3, shape="cubic", epoch_schedule=0, importance_metric="l1")
+    run = start(home, "cubic", more)
+    assert [round(row["percent"], 1) for row in prune(run)] == [100.0, *(round(100 - 80 * (1 - (1 - k / 3) ** 3), 1) for k in (1, 2, 3))]
+
+
+def test_measured_milliseconds_are_kept_and_used_again(home):
+    "A table that says a head costs as much as all channels: the heads go, again after a crash, and nothing is measured twice."
+    more = structure(scope="ms", prune_schedule=None, target=0.6, epoch_schedule=1, importance_metric="random")
+    run = start(home, "timed", more)
+    stages = open_stages(run, run.start_checkpoint())
+    pruning = read_pruning(run.start_checkpoint())
+    prices = stages.prices(pruning, stages.pieces(pruning))
+    table = json.loads((run.path / "latency.json").read_text())
+    assert len(prices) == 66 and (prices > 0).all() and table["batch_size"] == 8
+    table["each"]["blocks"] |= {"head": 64.0, "channel": 1e-3}
+    (run.path / "latency.json").write_text(json.dumps(table))
+    before = (run.path / "latency.json").stat().st_mtime_ns
+    row = prune(run)[-1]
+    spent = 64 * (2 - row["left"]["head"]["network.blocks.0.attn"]) + 1e-3 * (64 - row["left"]["channel"]["network.blocks.0.mlp"])
+    assert row["left"]["head"]["network.blocks.0.attn"] == 1 and spent <= 0.6 * (128 + 0.064)
+    assert (run.path / "latency.json").stat().st_mtime_ns == before
+
+
+def test_what_cannot_be_carried_out_is_one_line_before_the_run_is_made(home, small):
+    path, rows = small
+    half = str(files(path)[rows[2]["name"]])
+    cases = [
+        (dict(unit="head", prune_schedule=None, target=0.25), dict(checkpoint_file=half), "target = 0.25, but 0.5 is gone already: what is pruned does not return"),
+        (dict(prune_schedule=None, targets=[0.5, 0.3]), {}, "targets fall from 0.5 to 0.3: what is pruned does not return"),
+        (dict(unit="2:4", prune_schedule=[0.6], epoch_schedule=1), {}, "unit = '2:4' can have a fraction of 0, 0.25, 0.5 gone, and step 1 wants 0.6"),
+        (dict(unit="3:7", prune_schedule=[0.5], epoch_schedule=1), {}, "which do not make groups of 7"),
+        (dict(scope="ms"), {}, "scope = ms is for heads, channels and blocks: unit = weight saves no time"),
+        (dict(importance_metric="leave_one_out"), {}, "leave_one_out scores heads and channels, not unit = weight"),
+        (dict(retraining="weight_rewind"), {}, "retraining = weight_rewind and rewind_to belong together"),
+        (dict(retraining="weight_rewind", rewind_to="epoch9"), {}, "rewind_to = epoch9: no such checkpoint in .*, which has epoch0001, epoch0002, epoch0003"),
+        (dict(retraining="weight_rewind", rewind_to="epoch3"), {}, "rewind_to = epoch0003 is epoch 3 of 3: there is nothing left to train"),
+        (dict(retraining="lr_rewind", epoch_schedule=9), {}, "epoch_schedule has 9 epochs, the training had 3"),
+        (dict(unit="head"), dict(model=sections()["model"] | dict(num_heads=3)), "embed_dim = 16 is not divisible by num_heads = 3"),
+        (dict(num_iterations=5), {}, "num_iterations is for 5 steps and prune_schedule for 2"),
+    ]
+    for more, extra, message in cases:
+        with pytest.raises(LabError, match=message) as caught:
+            start(home, "impossible", more, **extra)
+        assert "\n" not in str(caught.value) and not (home / "runs" / "impossible").exists(), message
+
+
+def test_a_run_that_removed_weights_does_not_go_on_with_heads(home, reference):
+    "An older file with num_iterations, which was ignored: its stages removed single weights."
+    folder = shutil.copytree(reference[0], home / "runs" / "changed")
+    (folder / "checkpoints" / f"{FINAL}.tar").unlink()
+    with pytest.raises(LabError, match="prune1_remaining_80.0 of this run removed unit = weight, the config means head; set pruning.unit"):
+        prune(open_run(folder, "prune", overrides=["pruning.unit='head'", "pruning.materialize=true"]))

@@ -47,11 +47,12 @@ class Identity:
 # %% ../../nbs/lab/03_checkpoints.ipynb #02372ae4
 @patch(as_prop=True)
 def label(self: Identity) -> str:
-    "The name for a legend: dense, 50 %, control 3; after that of its run where it has one."
+    "The name for a legend: dense, 50 %, small 50 %, control 3; after that of its run where it has one."
     share = f"{round(self.remaining, 1):g} %"
     dense = "dense" if self.name == "best" else self.name
     shown = {"dense": dense, "pruned": share, "control": f"control {self.stage}"}
-    own = shown.get(self.role, f"{self.role} {share}" if self.stage else self.role)
+    word = "small" if self.role == "materialised" else self.role
+    own = shown.get(self.role, f"{word} {share}" if self.stage else word)
     return f"{self.run} {own}".strip()
 
 # %% ../../nbs/lab/03_checkpoints.ipynb #145afef0
@@ -65,13 +66,14 @@ def parse_name(
     name: str,  # of a checkpoint or of its results; `<run>-<checkpoint>` where there are several runs
 ) -> Identity:
     "What the name of an older checkpoint says."
-    found = re.fullmatch(r"(?:(.+)-)?(best|prune(\d+)_remaining_([\d.]+))", name)
+    found = re.fullmatch(r"(?:(.+)-)?(best|(prune|small)(\d+)_remaining_([\d.]+))", name)
     if not found:
         return Identity(name, result=False, code="unknown")
-    run, own, stage, share = found.groups()
+    run, own, word, stage, share = found.groups()
     if stage is None:
         return Identity(own, run=run or "", code="unknown")
     role = "control" if float(share) > 99.99 else "pruned"
+    role = "materialised" if word == "small" else role
     return Identity(own, role, int(stage), float(share), run=run or "", code="unknown")
 
 # %% ../../nbs/lab/03_checkpoints.ipynb #3f78bf4e
