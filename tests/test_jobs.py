@@ -87,7 +87,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     for name, work in RUN.items():
         cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
-                 nbformat.v4.new_code_cell("print('a lesson')\nfrom turbvit_nb.lab.runs import open_run"),
+                 nbformat.v4.new_code_cell("from turbvit_nb.lab.runs import open_run"), nbformat.v4.new_code_cell("print('a lesson')"),
                  nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell("print('the run')\n" + work)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
     os.environ |= {"TURBVIT_RUNS": str(folder / "runs"), "TURBVIT_DATA": str(folder), "OMP_NUM_THREADS": "1"}

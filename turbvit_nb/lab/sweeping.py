@@ -28,7 +28,8 @@ from rich.live import Live
 from rich.markup import escape
 
 from .config import Config, LabError, load_config, registry, run_folder
-from .jobs import INTERRUPTED, RESUME, TERMINATED, JobError, Together, at_work, unopened
+from .jobs import INTERRUPTED, RESUME, TERMINATED, WHOLE, JobError, Together, at_work
+from .jobs import unopened
 from .progress import clock
 from .runs import Lock, atomic, check_joins, history, locked, stages
 from .sweeps import Point, Sweep, Task, find_sweeps, keep_copy, named_in, points, read_sweep
@@ -337,7 +338,8 @@ def _happened(self: Sweeping, task: Task, said: str | int | None) -> Event:
     if said is None or isinstance(said, str):
         event = Event(task, "started" if said is None else "said", said or "", took)
         self._log(task, said if said is not None else f"# started {datetime.now():%Y-%m-%d %H:%M:%S}")
-        self.running[task.name] = event
+        if not event.text.startswith(WHOLE):  # the line before says what it was
+            self.running[task.name] = event
         return event
     last, own = self.running.pop(task.name).text, self.state["runs"][task.point.run]
     del self.begun[task.name]
