@@ -26,6 +26,9 @@ from typer.core import TyperGroup
 
 import turbvit_nb
 
+# %% ../nbs/cli.ipynb #80b517fb
+sys.modules.setdefault("rfc3987_syntax", None)
+
 # %% ../nbs/cli.ipynb #6cd42ca8
 WELCOME = """[bold]turbvit[/] trains, prunes and judges emulators of two-dimensional turbulence.
 
