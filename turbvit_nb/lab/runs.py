@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'atomic', 'earlier', 'result_file', 'write_checkpoint', 'read_checkpoint', 'Lock', 'locked',
-           'seed_everything', 'resolve_device', 'stages', 'find_runs', 'read_metrics', 'Stopped', 'Run',
+           'seed_everything', 'resolve_device', 'stages', 'holders', 'find_runs', 'read_metrics', 'Stopped', 'Run',
            'how_to_resume', 'history', 'owner_of', 'check_joins', 'plan_run', 'open_run']
 
 # %% ../../nbs/lab/02_runs.ipynb #1010a2f3
@@ -272,12 +272,20 @@ def stages(
     return entries
 
 # %% ../../nbs/lab/02_runs.ipynb #8cb941a7
+def holders(
+    file: str,  # what they hold
+    folder: Path | None = None,  # default: `runs_dir()`
+) -> list[Path]:
+    "The folders in `folder` and one level below that hold a file of this name, by name."
+    folder = Path(folder or runs_dir())
+    return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{file}"))
+
+
 def find_runs(
     folder: Path | None = None,  # default: `runs_dir()`
 ) -> list[Path]:
     "The run folders in `folder` and one level below, by name."
-    folder = Path(folder or runs_dir())
-    return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/status.json"))
+    return holders("status.json", folder)
 
 # %% ../../nbs/lab/02_runs.ipynb #6b2b2ff0
 def read_metrics(

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -57,7 +57,8 @@ def _state(folder: Path) -> dict:
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         return found | {"runs": dict(found.get("runs", {}))}
     except (ValueError, TypeError, AttributeError):
-        raise LabError(f"{file} is damaged; delete it, the runs themselves say what is done") from None
+        remedy = "delete it, the runs themselves say what is done"
+        raise LabError(f"{file} is damaged; {remedy}") from None
 
 
 def _cell(entry: dict | None, seconds: float | None, why: str) -> Cell:
@@ -94,10 +95,10 @@ def expected(
     cells: Mapping[Task, Cell],  # see `look`
 ) -> float | None:  # seconds; None when nothing like it is done
     "How long a task will take: the median of the finished ones that are most like it."
-    values = task.point.values
-    alike = lambda p: sum(values.get(k) == v for k, v in p.values.items()) + (p.part == task.point.part)
+    mine = {"part": task.point.part} | task.point.values
+    theirs = lambda point: {"part": point.part} | point.values
     done = [
-        (alike(other.point), cell.seconds)
+        (sum(mine.get(key) == value for key, value in theirs(other.point).items()), cell.seconds)
         for other, cell in cells.items()
         if other.chapter == task.chapter and cell.state == "done" and cell.seconds is not None
     ]
@@ -150,8 +151,9 @@ class Count:
         "The time left in words."
         if self.seconds is None:
             return "time not known before a first run"
-        words = f"{'about' if self.known else 'at least'} {clock(self.seconds)} left with {self.slots} job"
-        return f"{words}{'s' * (self.slots != 1)}, based on {self.basis} run{'s' * (self.basis != 1)}"
+        counted = lambda n, word: f"{n} {word}{'s' * (n != 1)}"
+        words = f"{'about' if self.known else 'at least'} {clock(self.seconds)} left"
+        return f"{words} with {counted(self.slots, 'job')}, based on {counted(self.basis, 'run')}"
 
 
 def _run_state(states: Iterable[str]) -> str:
@@ -168,22 +170,23 @@ def count(
     sweep: Sweep,
     cells: Mapping[Task, Cell],  # see `look`
     slots: int,  # runs at once
-    chosen: Iterable[Task] | None = None,  # only these are going to be done; None: all
+    chosen: Collection[Task] | None = None,  # only these are going to be done; None: all
 ) -> Count:
-    "How far the sweep is and what is left."
-    chosen, by_run, seconds, known = set(cells if chosen is None else chosen), {}, {}, True
+    "How far the sweep is, and how long what is chosen takes, or all of it when that is done."
+    runs: dict[str, list[str]] = {}
     for task, cell in cells.items():
-        by_run.setdefault(task.point.run, []).append(cell.state)
-        if cell.due and task in chosen:
-            guess = expected(task, cells)
-            known &= guess is not None
-            ran = cell.seconds or 0.0 if cell.state == "running" else 0.0
-            seconds[task.name] = max((guess or 0.0) - ran, 0.0)
-    states = [_run_state(found) for found in by_run.values()]
-    basis = len({task.point.run for task, cell in cells.items() if cell.state == "done" and cell.seconds})
+        runs.setdefault(task.point.run, []).append(cell.state)
+    states = [_run_state(found) for found in runs.values()]
+    due = {task: cell for task, cell in cells.items() if cell.due}
+    due = {t: c for t, c in due.items() if chosen is not None and t in set(chosen)} or due
+    guesses = {task: expected(task, cells) for task in due}
+    ran = lambda cell: cell.seconds or 0.0 if cell.state == "running" else 0.0
+    seconds = {t.name: max((guesses[t] or 0.0) - ran(cell), 0.0) for t, cell in due.items()}
+    basis = {t.point.run for t, cell in cells.items() if cell.state == "done" and cell.seconds}
     left = schedule(seconds, sweep.needs, slots) if basis and seconds else None
     done, running, failed = (states.count(word) for word in ("done", "running", "failed"))
-    return Count(len(states), done, running, failed, left, known, slots, basis)
+    known = None not in guesses.values()
+    return Count(len(states), done, running, failed, left, known, slots, len(basis))
 
 # %% ../../nbs/lab/16_sweeping.ipynb #bc0a962e
 def _later(text: str, sweep: Sweep) -> bool:
@@ -239,7 +242,8 @@ def turbvit(
     task: Task,
 ) -> list[str]:  # a command line
     "What does a task: `turbvit run`, from the base or from where it was stopped."
-    program = [sys.executable, "-m", "turbvit_nb.cli", "run", "--no-lessons", str(task.chapter.path)]
+    program = [sys.executable, "-m", "turbvit_nb.cli", "run", "--no-lessons"]
+    program.append(str(task.chapter.path))
     if task.chapter.stage in history(task.point.folder):
         return [*program, str(task.point.folder)]
     sets = (word for text in task.point.overrides for word in ("--set", text))
@@ -255,10 +259,11 @@ def choose(
     picked = [p for p in sweep.points if only is None or fnmatch.fnmatch(p.run, only)]
     if not picked:
         runs = ", ".join(point.run for point in sweep.points[:3])
-        raise LabError(f"--only {only} is the name of no run of the sweep; its runs are {runs}, …")
+        told = f"--only {only} is the name of no run of the sweep"
+        raise LabError(f"{told}; its runs are {runs}, …")
     seen = [point.part for point in picked]
     picked = [p for i, p in enumerate(picked) if not first or p.part not in seen[:i]]
-    names, more = set(), [Task(point, chapter).name for point in picked for chapter in point.chapters]
+    names, more = set(), [task.name for task in tasks(sweep) if task.point in picked]
     while more:
         names |= {name := more.pop()}
         more += [need for need in sweep.needs[name] if need not in names]
@@ -276,7 +281,7 @@ class Event:
 
 
 class Sweeping:
-    "A sweep at work: going through it does the work. Raises `LabError` where another process does it."
+    "A sweep at work: going through it does it. Raises `LabError` where another process is at it."
 
     def __init__(
         self,
@@ -326,8 +331,8 @@ def vanished(
     sweep: Sweep,
 ) -> list[str]:  # names of runs whose folders are there
     "Runs that an earlier version of the file had. They are left alone."
-    now = {point.run for point in sweep.points}
-    return [run for run in _state(sweep.folder)["runs"] if run not in now and run_folder(run).exists()]
+    gone = _state(sweep.folder)["runs"].keys() - {point.run for point in sweep.points}
+    return sorted(run for run in gone if run_folder(run).exists())
 
 # %% ../../nbs/lab/16_sweeping.ipynb #5d0b9635
 @patch
@@ -337,19 +342,26 @@ def _happened(self: Sweeping, task: Task, said: str | int | None) -> Event:
     took = now - self.begun.setdefault(task.name, now)
     if said is None or isinstance(said, str):
         event = Event(task, "started" if said is None else "said", said or "", took)
-        self._log(task, said if said is not None else f"# started {datetime.now():%Y-%m-%d %H:%M:%S}")
+        self._log(task, said or f"# {event.kind} {datetime.now():%Y-%m-%d %H:%M:%S}" * (said is None))
         if not event.text.startswith(WHOLE):  # the line before says what it was
             self.running[task.name] = event
         return event
-    last, own = self.running.pop(task.name).text, self.state["runs"][task.point.run]
+    last = self.running.pop(task.name).text.removeprefix("error: ") or f"exit code {said}"
     del self.begun[task.name]
-    own["failed"].pop(task.chapter.name, None)
-    own["seconds"][task.chapter.name] = own["seconds"].get(task.chapter.name, 0.0) + took
-    kind = "done" if said == 0 else "stopped" if said == RESUME or self.together.received else "failed"
+    return self._ended(task, said, took, last)
+
+
+@patch
+def _ended(self: Sweeping, task: Task, code: int, took: float, last: str) -> Event:
+    "Note the end of a task."
+    own, chapter, stopped = self.state["runs"][task.point.run], task.chapter, self.stopping
+    own["failed"].pop(chapter.name, None)
+    own["seconds"][chapter.name] = own["seconds"].get(chapter.name, 0.0) + took
+    kind = "done" if code == 0 else "stopped" if code == RESUME or stopped else "failed"
     if kind == "failed":
-        entry = stages(task.point.folder).get(task.chapter.stage, {}) if task.point.folder.exists() else {}
-        own["failed"][task.chapter.name] = last = entry.get("error", last.removeprefix("error: "))
-    event = Event(task, kind, "" if kind == "done" else last or f"exit code {said}", took)
+        entry = history(task.point.folder).get(chapter.stage, {})
+        own["failed"][chapter.name] = last = entry.get("error", last)
+    event = Event(task, kind, "" if kind == "done" else last, took)
     self.ended |= {} if kind == "done" else {task.name: event}
     self._note()
     return event
@@ -377,7 +389,8 @@ def __iter__(self: Sweeping) -> Iterator[Event]:
             if self.together.received:
                 by_hand = self.together.received[0] == signal.SIGINT
                 again = f"turbvit sweep {self.state['file']} goes on from here"
-                raise JobError(f"{self.sweep.name} was stopped; {again}", INTERRUPTED if by_hand else TERMINATED)
+                code = INTERRUPTED if by_hand else TERMINATED
+                raise JobError(f"{self.sweep.name} was stopped; {again}", code)
             tried |= self.ended.keys() | set(self.together.waiting)
     finally:
         self._note(ended=datetime.now().astimezone().isoformat(timespec="seconds"))
@@ -389,8 +402,8 @@ def __iter__(self: Sweeping) -> Iterator[Event]:
 @patch
 def _due(self: Sweeping, tried: set[str]) -> dict[str, Task]:
     "The chosen tasks that are not done and were not tried in vain."
-    cells = look(self.sweep)
-    return {t.name: t for t, c in cells.items() if c.due and t.name in self.chosen and t.name not in tried}
+    due = {task.name: task for task, cell in look(self.sweep).items() if cell.due}
+    return {name: task for name, task in due.items() if name in self.chosen - tried}
 
 
 def _undone(ended: Iterable[Event], waiting: int) -> tuple[str, int]:
@@ -418,8 +431,9 @@ def table(
     columns = sorted({task.chapter.name for task in cells})
     rows = {point.run: [point.run, *[""] * len(columns)] for point in sweep.points}
     for task, cell in cells.items():
-        took = f" {clock(cell.seconds)}" if cell.seconds is not None and cell.state in ("done", "running") else ""
-        rows[task.point.run][1 + columns.index(task.chapter.name)] = cell.state + took
+        timed = cell.seconds is not None and cell.state in ("done", "running")
+        text = f"{cell.state} {clock(cell.seconds)}" if timed else cell.state
+        rows[task.point.run][1 + columns.index(task.chapter.name)] = text
     return [["run", *columns], *rows.values()]
 
 
@@ -476,8 +490,10 @@ def _as_line(event: Event, left: str) -> str:
 def _moving(work: Sweeping, left: str) -> str:
     "What is at work, and the state of the whole below."
     now = time.monotonic()
-    line = lambda name, event: f"{clock(now - work.begun.get(name, now))}  [dim]{escape(event.text)}[/]"
-    lines = [f"[cyan]{escape(name)}[/] {line(name, event)}" for name, event in list(work.running.items())]
+    running = list(work.running.values())
+    since = lambda event: clock(now - work.begun.get(event.task.name, now))
+    said = lambda event: f"{since(event)}  [dim]{escape(event.text)}[/]"
+    lines = [f"[cyan]{escape(event.task.name)}[/] {said(event)}" for event in running]
     return "\n".join([*lines, f"[bold]{work.sweep.name}[/]: {'stopping …' if work.stopping else left}"])
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from .config import LabError, Section, find_config, hint, read_toml, registry, run_folder
 from .config import runs_dir
 from .jobs import Chapter, find_chapter
-from .runs import atomic
+from .runs import atomic, holders
 
 # %% ../../nbs/lab/15_sweeps.ipynb #cdd20dc6
 class PartConfig(Section):
@@ -213,8 +213,7 @@ def find_sweeps(
     folder: Path | None = None,  # default: `runs_dir()`
 ) -> list[Path]:
     "The folders of sweeps in `folder` and one level below, by name."
-    folder = Path(folder or runs_dir())
-    return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/sweep.json"))
+    return holders("sweep.json", folder)
 
 # %% ../../nbs/lab/15_sweeps.ipynb #bd338d4f
 def _point(path: Path, sweep: str, part: PartConfig, values: dict[str, Any]) -> Point:
@@ -299,7 +298,8 @@ def tasks(
 def strings_in(value: Any) -> Iterator[str]:
     "All texts in tables, lists and overrides."
     if isinstance(value, str):
-        yield from re.findall(r"[\"']([^\"']*)[\"']", value) or [value.rpartition("=")[2].strip()]
+        plain = re.sub(r"^\w+(\.\w+)?\s*=\s*", "", value)
+        yield from re.findall(r"[\"']([^\"']*)[\"']", plain) or [plain.strip()]
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from strings_in(item)
