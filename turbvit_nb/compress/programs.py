@@ -208,7 +208,7 @@ def quantised(network: nn.Module) -> dict[str, nn.Linear]:
 
 def calibrate(
     program: Program,  # in fp32
-    batches: Iterable[tuple[Tensor, Tensor | None]],  # frames (B, C, T, N, N) and flow parameters
+    batches: Iterable[Mapping[str, Tensor]],  # with x (B, C, T, N, N) and cond (B, P)
 ) -> dict[str, float]:  # layer: the scale of its inputs
     "The scales of the inputs of all layers that int8 is for."
     largest = dict.fromkeys(layers := quantised(program.network), 0.0)
@@ -220,8 +220,8 @@ def calibrate(
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     with torch.no_grad():
-        for x, cond in batches:
-            program(x, cond)
+        for batch in batches:
+            program(batch["x"], batch["cond"])
     for hook in hooks:
         hook.remove()
     return {name: max(value, 1e-12) / 127 for name, value in largest.items()}
@@ -241,7 +241,7 @@ def lowered(
     if precision == "int8" and not layers:
         told = "int8 is for the linear layers of transformer blocks"
         raise LabError(f"{told}, and a {type(program.network).__name__} has none: use bf16")
-    new, rest = deepcopy(program), torch.bfloat16 if precision == "bf16" else rest
+    new, rest = deepcopy(program), {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, rest)
     new.precision = precision
     if rest != torch.float32:
         new.network.to(rest)
