@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +29,21 @@ from .lab.checkpoints import Identity, check_owner, identify, results_in, save
 from .lab.config import Config, LabError, Section, hint
 from .lab.progress import note, progress
 from .lab.runs import Run, atomic
-from .model import Emulator, Kind, check_start, emulator_state, evaluating, load_emulator, rollout, states
+from .model import Emulator, Kind, check_start, emulator_state, evaluating
+from .model import load_emulator, rollout, states
 
 # %% ../nbs/10_deploy.ipynb #6b14cafe
 class DeployConfig(Section):
     "The section `[deploy]`."
 
     checkpoints: list[str] | None = None  # what to deploy; default: best, and the last smaller one
-    backends: list[str] | None = None  # torch, compiled, onnxruntime, openvino; default: those here, not compiled
+    backends: list[str] | None = None  # default: those that are here, without compiled
     precisions: list[str] = list(PRECISIONS)  # of fp32, bf16, int8
     batch_size: int = Field(8, gt=0)  # fields that are advanced together, where it is timed
     threads: int | None = Field(None, gt=0)  # of every backend; default: those of torch
-    calibration_frames: int = Field(64, gt=0)  # training frames that the ranges of int8 are found on
+    calibration_frames: int = Field(64, gt=0)  # training frames, for the ranges of int8
     check_frames: int = Field(64, gt=0)  # held-out frames of the comparison over one step
-    rollout_steps: int = Field(100, gt=0)  # of the comparison over a rollout, from batch_size of them
+    rollout_steps: int = Field(100, gt=0)  # of the comparison over a rollout, of batch_size
     repeats: int = Field(20, gt=2)  # timed steps of every program
 
     @model_validator(mode="after")
@@ -49,21 +51,25 @@ class DeployConfig(Section):
         for key, known in (("backends", BACKENDS), ("precisions", PRECISIONS)):
             for name in getattr(self, key) or []:
                 if name not in known:
-                    raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}{hint(name, known)}")
+                    near = hint(name, known)
+                    raise ValueError(f"{key}: {name!r} is none of {', '.join(known)}{near}")
         return self
 
-    def check(self, config: Config, name: str) -> None:
-        "Look for the backends that are named, and at the checkpoint to start from."
-        for backend in self.backends or []:
-            backend_named(backend, "deploy.backends")
-        if not config.has("model"):
-            check_start(config)
+# %% ../nbs/10_deploy.ipynb #8b0e19a4
+@patch
+def check(self: DeployConfig, config: Config, name: str) -> None:
+    "Look for the backends that are named, and at the checkpoint to start from."
+    for backend in self.backends or []:
+        backend_named(backend, "deploy.backends")
+    if not config.has("model"):
+        check_start(config)
 
-    @property
-    def offers(self) -> list[tuple[str, str]]:
-        "The pairs of backend and precision that are asked for."
-        here = [name for name, one in BACKENDS.items() if name != "compiled" and not one.lacks()]
-        return [(backend, precision) for backend in self.backends or here for precision in self.precisions]
+
+@patch(as_prop=True)
+def offers(self: DeployConfig) -> list[tuple[str, str]]:
+    "The pairs of backend and precision that are asked for."
+    here = [name for name, one in BACKENDS.items() if name != "compiled" and not one.lacks()]
+    return list(product(self.backends or here, self.precisions))
 
 # %% ../nbs/10_deploy.ipynb #2a1d9480
 def sources(
@@ -74,7 +80,8 @@ def sources(
     found = results_in(run.checkpoints, settings.checkpoints)
     names = [name for name, known in found.items() if known.role != "deployed"]
     if settings.checkpoints and len(names) < len(found):
-        raise LabError(f"deploy.checkpoints: {(found.keys() - names).pop()} is deployed already; name its source")
+        name = (found.keys() - names).pop()
+        raise LabError(f"deploy.checkpoints: {name} is deployed already; name its source")
     if not names:
         path = run.start_checkpoint()
         return {path.stem: path}
@@ -83,7 +90,7 @@ def sources(
         names = ["best" if "best" in names else names[-1], *smaller[-1:]]
     return {name: run.checkpoints / f"{name}.tar" for name in dict.fromkeys(names)}
 
-
+# %% ../nbs/10_deploy.ipynb #5f054063
 def frames_of(
     run: Run,
     emulator: Kind,
@@ -134,7 +141,7 @@ def twin(
             return frames[:steps]
         frames += new.unbind(2)
 
-
+# %% ../nbs/10_deploy.ipynb #076a5412
 def divergence(
     frames: list[Tensor],  # (B, C, N, N), of a rollout
     others: list[Tensor],  # of another
@@ -174,7 +181,8 @@ def timing(
     reference: np.ndarray,  # in the same rounds
 ) -> dict[str, float | list[float]]:  # ms: quartiles; ratio: how many times faster
     "The quartiles of a program's time, and the median of its ratio to another's."
-    return {"ms": np.percentile(own, [25, 50, 75]).tolist(), "ratio": float(np.median(reference / own))}
+    quartiles = np.percentile(own, [25, 50, 75]).tolist()
+    return {"ms": quartiles, "ratio": float(np.median(reference / own))}
 
 # %% ../nbs/10_deploy.ipynb #5c1171d5
 class Deployment:
@@ -189,7 +197,8 @@ class Deployment:
         self.run, self.settings, self.path, self.identity = run, settings, path, identify(path)
         self.emulator = load_emulator(path)
         if not isinstance(self.emulator, Emulator):
-            raise LabError(f"{path} is {self.emulator.kind}: only an emulator with a network can be deployed")
+            told = "only an emulator with a network can be deployed"
+            raise LabError(f"{path} is {self.emulator.kind}: {told}")
         config, size = run.config, settings.batch_size
         training = "train_dataset" if config.has("train_dataset") else scored_section(config)
         known = frames_of(run, self.emulator, training, settings.calibration_frames)
@@ -200,7 +209,8 @@ class Deployment:
 
     def rollout(self, emulator: Kind) -> list[Tensor]:
         "The frames of a rollout from the held-out ones."
-        return list(rollout(emulator, self.batch["x"], self.settings.rollout_steps, cond=self.batch["cond"]))
+        steps = self.settings.rollout_steps
+        return list(rollout(emulator, self.batch["x"], steps, cond=self.batch["cond"]))
 
 # %% ../nbs/10_deploy.ipynb #7cb30a79
 @patch
@@ -214,7 +224,7 @@ def compared(self: Deployment, program: Deployed) -> dict[str, float | list[floa
     row = {"rms": rms, "max": largest, "departs": departs(own), "twin_departs": departs(other)}
     return row | {"divergence": own.tolist(), "twin": other.tolist()}
 
-
+# %% ../nbs/10_deploy.ipynb #ceb5cb4a
 @patch
 def make(
     self: Deployment,
@@ -236,13 +246,39 @@ def make(
         note(f"{name}: {told}")
         return None, row | {"error": told}
 
+# %% ../nbs/10_deploy.ipynb #5a366d11
+def _step(emulator: Kind, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    "A step to be timed."
+
+    def step() -> Tensor:
+        with evaluating(emulator):
+            return emulator(**batch)
+
+    return step
+
+
+@patch
+def go(self: Deployment) -> tuple[list[dict], dict[str, Callable]]:  # rows; steps to time, by name
+    "Make all programs; the first row is the checkpoint itself."
+    name, weights = self.path.stem, self.emulator.state_dict().values()
+    own = {"source": name, "backend": "eager", "precision": "fp32", "name": name}
+    rows = [own | {"bytes": sum(tensor.nbytes for tensor in weights)}]
+    steps = {name: _step(self.emulator, self.batch)}
+    for backend, precision in progress(self.settings.offers, desc=f"programs of {name}"):
+        program, row = self.make(backend, precision)
+        rows.append(row)
+        if program is not None:
+            steps[row["name"]] = _step(program, self.batch)
+    return rows, steps
+
 # %% ../nbs/10_deploy.ipynb #13b67cf3
 def conditions(settings: DeployConfig) -> dict[str, object]:
     "What the times depend on."
     used = {BACKENDS[backend].package for backend, _ in settings.offers} - {None}
     processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     versions = {name: version(name) for name in ["torch", *sorted(used)]}
-    about = {"threads": torch.get_num_threads(), "batch_size": settings.batch_size, "repeats": settings.repeats}
+    about = {"threads": torch.get_num_threads(), "batch_size": settings.batch_size}
+    about |= {"repeats": settings.repeats}
     return about | {"processor": processor, "versions": versions}
 
 
@@ -254,7 +290,7 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
+# %% ../nbs/10_deploy.ipynb #ba8d49c8
 def deploy_run(
     run: Run,  # open, stage "deploy"
 ) -> dict:  # conditions, and a row for each source and each of its programs
@@ -264,31 +300,15 @@ def deploy_run(
     ensure_data(run.config)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     rows, steps = [], {}
-    for name, path in sources(run, settings).items():
-        work = Deployment(run, settings, path)
-        weights = sum(tensor.nbytes for tensor in work.emulator.state_dict().values())
-        rows.append({"source": name, "backend": "eager", "precision": "fp32", "name": name, "bytes": weights})
-        steps[name] = _step(work.emulator, work.batch)
-        for backend, precision in progress(settings.offers, desc=f"programs of {name}"):
-            program, row = work.make(backend, precision)
-            rows.append(row)
-            if program is not None:
-                steps[row["name"]] = _step(program, work.batch)
+    for path in sources(run, settings).values():
+        found, made = Deployment(run, settings, path).go()
+        rows, steps = rows + found, steps | made
     taken = in_turns(steps, settings.repeats)
-    first = taken[rows[0]["name"]]
-    rows = [row | (timing(taken[row["name"]], first) if row.get("name") in taken else {}) for row in rows]
+    for row in rows:
+        if row.get("name") in taken:
+            row |= timing(taken[row["name"]], taken[rows[0]["name"]])
     table = _plain({"conditions": conditions(settings), "rows": rows})
     with atomic(run.path / "deployed.json") as part:
         part.write_text(json.dumps(table, indent=1) + "\n")
     run.wrote()
     return table
-
-
-def _step(emulator: Kind, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    "A step to be timed."
-
-    def step() -> Tensor:
-        with evaluating(emulator):
-            return emulator(**batch)
-
-    return step

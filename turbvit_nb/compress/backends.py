@@ -27,7 +27,7 @@ from ..model import card, create_model, register
 Step = Callable[[Tensor, Tensor | None], Tensor]  # frames and flow parameters to the next frames
 BACKENDS: dict[str, type["Backend"]] = {}  # by name
 
-
+# %% ../../nbs/compress/11_backends.ipynb #7e352199
 class Backend:
     "Something that runs programs. A subclass defines `keep` and `open`."
 
@@ -54,15 +54,15 @@ class Backend:
         missing = cls.package is not None and find_spec(cls.package) is None
         return f"{cls.package} is not installed: pip install -e '.[deploy]'" if missing else None
 
-
+# %% ../../nbs/compress/11_backends.ipynb #21965dc7
 def backend_named(
     name: str,
     what: str = "the program",  # that needs it, for messages
 ) -> type[Backend]:
     "A backend that is there. Raises `LabError` for another name, and where it is not installed."
     if name not in BACKENDS:
-        there = f"there are {', '.join(BACKENDS)}"
-        raise LabError(f"{what} needs the backend {name!r}, which is not known: {there}{hint(name, BACKENDS)}")
+        there = f"there are {', '.join(BACKENDS)}{hint(name, BACKENDS)}"
+        raise LabError(f"{what} needs the backend {name!r}, which is not known: {there}")
     if lacks := BACKENDS[name].lacks():
         raise LabError(f"{what} needs the backend {name}, and {lacks}")
     return BACKENDS[name]
@@ -74,14 +74,14 @@ def _program(kept: Mapping[str, Tensor], about: Mapping[str, Any]) -> Program:
     _registered(NETWORKS, config["model_type"], module, "the deployed checkpoint")
     with torch.random.fork_rng(devices=[]):
         network = create_model(**config)
-    statistics = Normaliser(*(about["statistics"][name] for name in ("mean", "std", "increment_std")))
+    statistics = Normaliser(**about["statistics"])
     program = Program(Emulator(network, statistics, **about["settings"]))
     scales = dict.fromkeys(quantised(program.network), 1.0)
     program = lowered(program, about["precision"], scales, BACKENDS[about["backend"]].rest)
     program.load_state_dict(kept)
     return program
 
-
+# %% ../../nbs/compress/11_backends.ipynb #fd30a114
 class Torch(Backend, name="torch"):
     "torch, operation by operation."
 
@@ -123,6 +123,12 @@ class _Graph(Backend, name="graph"):
 del BACKENDS["graph"]
 
 
+def _arrays(x: Tensor, cond: Tensor | None) -> list:
+    "The inputs of a graph as NumPy arrays."
+    given = [x] if cond is None else [x, cond]
+    return [tensor.detach().float().contiguous().numpy() for tensor in given]
+
+# %% ../../nbs/compress/11_backends.ipynb #cc7258d9
 class OnnxRuntime(_Graph, name="onnxruntime"):
     "ONNX Runtime on the processor."
 
@@ -143,12 +149,6 @@ class OnnxRuntime(_Graph, name="onnxruntime"):
             return torch.from_numpy(session.run(None, inputs)[0])
 
         return step
-
-
-def _arrays(x: Tensor, cond: Tensor | None) -> list:
-    "The inputs of a graph as NumPy arrays."
-    given = [x] if cond is None else [x, cond]
-    return [tensor.detach().float().contiguous().numpy() for tensor in given]
 
 # %% ../../nbs/compress/11_backends.ipynb #c2b4c85f
 class OpenVino(_Graph, name="openvino"):
@@ -263,11 +263,11 @@ def check_offer(
     "The backend, if it is there and does this precision. Raises `LabError`."
     found = backend_named(backend)
     if precision not in found.precisions:
-        there = f"it has {', '.join(found.precisions)}"
-        raise LabError(f"{backend} does not compute in {precision}: {there}{hint(precision, found.precisions)}")
+        there = f"it has {', '.join(found.precisions)}{hint(precision, found.precisions)}"
+        raise LabError(f"{backend} does not compute in {precision}: {there}")
     return found
 
-
+# %% ../../nbs/compress/11_backends.ipynb #e26687f0
 def deploy(
     emulator: Kind,  # with a network
     backend: str,  # a name in `BACKENDS`
@@ -283,14 +283,16 @@ def deploy(
         raise LabError("int8 needs frames to find the range of every layer on: give batches")
     scales = calibrate(program, batches) if precision == "int8" else {}
     x = torch.zeros(2, len(emulator.fields), emulator.num_frames, emulator.size, emulator.size)
-    kept = found.keep(lowered(program, precision, scales, found.rest), x, torch.ones(2, len(FEATURES)))
+    program = lowered(program, precision, scales, found.rest)
+    kept = found.keep(program, x, torch.ones(2, len(FEATURES)))
     return Deployed(kept=kept, backend=backend, precision=precision, **_about(emulator)).eval()
 
-
+# %% ../../nbs/compress/11_backends.ipynb #e7397a8c
 def _about(emulator: Emulator) -> dict[str, Any]:
     "What a deployed emulator takes over from its source, as plain values."
     state = emulator.to_state()
-    settings = {name: value for name, value in state["emulator"].items() if not torch.is_tensor(value)}
+    plain = lambda item: not torch.is_tensor(item[1])
+    settings = dict(filter(plain, state["emulator"].items()))
     statistics = {name: value.tolist() for name, value in emulator.normaliser.named_buffers()}
     known = {"config": state["model"], "network_module": state["builder"]["network_module"]}
     known |= {"settings": settings, "statistics": statistics}

@@ -35,13 +35,13 @@ def kept_waves(
 
 # %% ../../nbs/compress/10_programs.ipynb #de72f5f4
 def _real(matrix: Tensor) -> Tensor:
-    "Complex matrices (…, a, b) as real ones (…, 2, a, 2, b), which do the same to real and imaginary parts."
+    "Complex matrices (…, a, b) as real ones (…, 2, a, 2, b) on real and imaginary parts."
     re, im = matrix.real, matrix.imag
     return torch.stack([torch.stack([re, -im], -2), torch.stack([im, re], -2)], -4)
 
-
+# %% ../../nbs/compress/10_programs.ipynb #44f1f91c
 class WaveFilter(nn.Module):
-    "Of (B, 2, N, N) the divergence-free part, or of (B, 1, N, N) the field itself, in the waves up to a cutoff."
+    "Fields (B, 1, N, N), or the divergence-free part of (B, 2, N, N), in the waves up to a cutoff."
 
     def __init__(
         self,
@@ -64,12 +64,18 @@ class WaveFilter(nn.Module):
         for name, matrix in (parts | {"kept": torch.cat([kept, kept])}).items():
             self.register_buffer(name, matrix.to(dtype).contiguous(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        fields, N = self.rows.shape[:2]
-        h = (x @ self.rows).unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 3)
-        h = self.columns.mT @ (self.kept * (self.columns @ h))
-        h = h.unflatten(1, (fields, 2, N)).transpose(2, 3).flatten(3)
-        return h @ self.rows.mT
+# %% ../../nbs/compress/10_programs.ipynb #9593f8cb
+@patch
+def forward(
+    self: WaveFilter,
+    x: Tensor,  # (B, F, N, N)
+) -> Tensor:
+    "The fields, filtered."
+    fields, N = self.rows.shape[:2]
+    h = (x @ self.rows).unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 3)
+    h = self.columns.mT @ (self.kept * (self.columns @ h))
+    h = h.unflatten(1, (fields, 2, N)).transpose(2, 3).flatten(3)
+    return h @ self.rows.mT
 
 # %% ../../nbs/compress/10_programs.ipynb #4834baac
 def traceable_attention(
@@ -80,9 +86,9 @@ def traceable_attention(
     "`plain_attention` with a constant scale: what is written into a graph."
     return (q * int(q.shape[-1]) ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
-
+# %% ../../nbs/compress/10_programs.ipynb #90aa0fdc
 class Constant(nn.Module):
-    "What is left of attention without heads, or of an MLP without channels: the bias of its last layer."
+    "What is left of attention without heads or an MLP without channels: the last bias."
 
     def __init__(self, value: Tensor):  # (D,)
         super().__init__()
@@ -166,14 +172,14 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     def symbolic(g, x, weight, scale, scales):
         constant = lambda tensor: g.op("Constant", value_t=tensor)
-        middle = constant(torch.tensor(128, dtype=torch.uint8))  # unsigned activations suit more processors
+        middle = constant(torch.tensor(128, dtype=torch.uint8))  # unsigned suits more processors
         q = g.op("QuantizeLinear", x, scale, middle)
         x = g.op("DequantizeLinear", q, scale, middle)
         zeros = constant(torch.zeros(weight.type().sizes()[1], dtype=torch.int8))
         weight = g.op("DequantizeLinear", weight, scales, zeros, axis_i=1)
         return g.op("MatMul", x, weight)
 
-
+# %% ../../nbs/compress/10_programs.ipynb #1dd84e3e
 class IntegerLinear(nn.Module):
     "A linear layer whose weights and inputs are integers of eight bits."
 
@@ -205,7 +211,7 @@ def quantised(network: nn.Module) -> dict[str, nn.Linear]:
         if isinstance(layer, nn.Linear | IntegerLinear)
     }
 
-
+# %% ../../nbs/compress/10_programs.ipynb #49cd6553
 def calibrate(
     program: Program,  # in fp32
     batches: Iterable[Mapping[str, Tensor]],  # with x (B, C, T, N, N) and cond (B, P)
@@ -226,7 +232,7 @@ def calibrate(
         hook.remove()
     return {name: max(value, 1e-12) / 127 for name, value in largest.items()}
 
-# %% ../../nbs/compress/10_programs.ipynb #49cd6553
+# %% ../../nbs/compress/10_programs.ipynb #8ea4abac
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
@@ -241,7 +247,8 @@ def lowered(
     if precision == "int8" and not layers:
         told = "int8 is for the linear layers of transformer blocks"
         raise LabError(f"{told}, and a {type(program.network).__name__} has none: use bf16")
-    new, rest = deepcopy(program), {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, rest)
+    rest = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, rest)
+    new = deepcopy(program)
     new.precision = precision
     if rest != torch.float32:
         new.network.to(rest)
@@ -257,7 +264,7 @@ def listens(program: Program, x: Tensor, cond: Tensor) -> bool:
     with torch.enable_grad():
         return program(x, told).requires_grad
 
-
+# %% ../../nbs/compress/10_programs.ipynb #ed375ac5
 def graph(
     program: Program,  # on the CPU
     x: Tensor,  # frames to trace it with
@@ -268,8 +275,9 @@ def graph(
     names, inputs = (["x", "cond"], (x, cond)) if told else (["x"], (x,))
     axes = {name: {0: "batch"} for name in [*names, "y"]}
     style, file = dict(dynamo=False, opset_version=17), BytesIO()
-    with warnings.catch_warnings(), attending(program.network, traceable_attention), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the tracer, about shapes, and that a newer exporter exists
+    written_out = attending(program.network, traceable_attention)
+    with warnings.catch_warnings(), written_out, torch.no_grad():
+        warnings.simplefilter("ignore")  # about shapes, and that a newer exporter exists
         named = dict(input_names=names, output_names=["y"], dynamic_axes=axes)
         torch.onnx.export(program, inputs, file, **style, **named)
     return file.getvalue()
