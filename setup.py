@@ -10,6 +10,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
+deploy = cfg["deploy_requirements"]
 
 # What travels in the package besides its modules: `lab.config.nbs_dir` finds it there where no checkout is.
 NOTEBOOKS = ("[0-9][0-9]_*.ipynb", "configs/**/*.toml", "jobs/*")
@@ -52,7 +53,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": (cfg["dev_requirements"] + " " + deploy).split(), "deploy": deploy.split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

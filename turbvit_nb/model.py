@@ -190,6 +190,7 @@ class Kind(nn.Module):
 
     kind: str  # its name in `KINDS`
     size: int  # points per side of its fields
+    config: dict = {}  # the keys of `[model]`, where it has a network or came from one
     stochastic = False  # whether `advance` draws from the generator
 
     def __init__(
@@ -293,6 +294,11 @@ class Emulator(Kind):
     def size(self) -> int:
         "Points per side of the fields it is for."
         return self.network.config["img_size"]
+
+    @property
+    def config(self) -> dict:
+        "The keys of `[model]` that describe its network."
+        return self.network.config
 
 # %% ../nbs/00_model.ipynb #dc059798
 @patch

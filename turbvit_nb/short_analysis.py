@@ -132,7 +132,7 @@ def made_from(
 def _attributes(run: Run, name: str, checkpoint: Path, emulator: Emulator, starts: Starts) -> dict:
     "What a reader of the file needs to know about where the numbers come from."
     settings = analysis_settings(run.config)
-    marks = marked_wavenumbers(starts.dataset.regimes[0], emulator.network.config)
+    marks = marked_wavenumbers(starts.dataset.regimes[0], emulator.config)
     return {
         "title": f"Short analysis of {name}",
         "checkpoint": name,

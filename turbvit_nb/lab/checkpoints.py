@@ -51,6 +51,7 @@ def label(self: Identity) -> str:
     share = f"{round(self.remaining, 1):g} %"
     dense = "dense" if self.name == "best" else self.name
     shown = {"dense": dense, "pruned": share, "control": f"control {self.stage}"}
+    shown["deployed"] = self.name.removeprefix("deployed_").replace("_", " ")
     word = "small" if self.role == "materialised" else self.role
     own = shown.get(self.role, f"{word} {share}" if self.stage else word)
     return f"{self.run} {own}".strip()

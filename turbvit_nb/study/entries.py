@@ -20,11 +20,11 @@ import torch
 import xarray as xr
 from pydantic import Field
 
-from ..compress.masks import prunable
+from ..compress.backends import facts
 from ..lab.checkpoints import Identity, identity_from, parse_name
 from ..lab.config import LabError, Section, run_folder
 from ..lab.runs import Run
-from ..model import Emulator, card, load_emulator
+from ..model import Kind, load_emulator
 
 # %% ../../nbs/study/00_entries.ipynb #0dd0e242
 from turbvit_nb.climate.distances import (
@@ -109,13 +109,9 @@ def result_identity(
     return identity_from(attrs[0]) if attrs else parse_name(name)
 
 # %% ../../nbs/study/00_entries.ipynb #9702aad1
-def cost(emulator: Emulator) -> dict[str, float]:
+def cost(emulator: Kind) -> dict[str, float]:
     "Parameters, prunable weights, the fraction of these that is not zero, and FLOPs of a step."
-    weights, facts = prunable(emulator.network).values(), card(emulator)
-    total = sum(weight.numel() for weight in weights)
-    kept = sum(int((weight != 0).sum()) for weight in weights)
-    counts = {"parameters": facts["parameters"], "prunable": total, "remaining": kept / total}
-    return {"model": facts["model_type"]} | counts | {"flops": facts["flops"]}
+    return facts(emulator)
 
 # %% ../../nbs/study/00_entries.ipynb #ea93110c
 def gather(
