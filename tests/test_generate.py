@@ -11,7 +11,7 @@ from turbvit_nb.datasets import DatasetConfig, open_dataset
 from turbvit_nb.examine import inspect_path
 from turbvit_nb.forecast.ceiling import twin_states
 from turbvit_nb.forecast.starts import HISTORY, Starts, start_samples
-from turbvit_nb.inference import inference
+from turbvit_nb.inference import infer
 from turbvit_nb.lab.runs import open_run
 from turbvit_nb.long_analysis import long_analysis
 from turbvit_nb.physics.py2d import find_runs, open_store
@@ -76,7 +76,7 @@ def test_the_files_say_what_the_frames_were_cut_out_of(data):
 
 def test_from_generate_to_the_analyses(home):
     (home / "cut.toml").write_text(CONFIG)
-    for job, stage in ((train, "train"), (inference, "inference"), (short_analysis, "short_analysis"), (long_analysis, "long_analysis")):
+    for job, stage in ((train, "train"), (infer, "inference"), (short_analysis, "short_analysis"), (long_analysis, "long_analysis")):
         run = open_run(home / "cut.toml" if job is train else Path(os.environ["TURBVIT_RUNS"]) / "cut", stage, [])
         result = job(run)
         run.finish()
