@@ -334,7 +334,7 @@ def budget_answer(data: xr.Dataset, truth: xr.Dataset) -> Answer:
         return "?", "not analysed"
     wrong = budget_words(data, truth)
     if wrong:
-        what = "leave over what the truth's do not" if cut_out(truth) else "do not close"
+        what = "leave over another share than the truth's" if cut_out(truth) else "do not close"
         return "✗", f"{what}, in parts of their largest term: {'; '.join(wrong)}"
     told = [(name, percent(*found), found[2] - found[1]) for name, found in residuals(data).items()]
     words = "; ".join(f"{name} {text} %" for name, text, _ in told)
