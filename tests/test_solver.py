@@ -85,6 +85,14 @@ def test_the_climate_of_both_is_the_same(run):
         assert quantity(omega).mean().item() == pytest.approx(quantity(real).mean().item(), rel=0.15)
 
 
+def test_the_real_run_is_not_resolved_either(run):
+    "Its dissipation of enstrophy rises towards the last wave, as ours does on the same grid."
+    omega = frame(run, *range(1001, 2001, 20))
+    grid = Grid.of(omega)
+    dissipation = run.regime.nu * grid.spectrum(grid.gradient(omega)).sum(-2).mean(0)
+    assert 1.2 * dissipation[18:22].mean() < dissipation[29:32].mean() < 1.8 * dissipation[18:22].mean()
+
+
 # Long runs ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("regime", [

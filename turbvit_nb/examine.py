@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.generate import check_root, is_made, seconds_to_make, size_in_bytes
+from .data.generate import check_root, is_made, seconds_to_make, size_in_bytes, what_it_makes
 from .datasets import DatasetConfig, FrameDataset, is_pending, open_section
 from .inspection import Examination, inspect_path, size
 from turbvit_nb.lab.config import (
@@ -133,7 +133,7 @@ def look_at_generate(seen: Examination, config: Config, measure: bool) -> None:
             check_root(asked)
     except LabError as error:
         return seen.mistake(error)
-    what = f"{asked.n_trajectories} × {asked.n_frames} frames of {asked.NX}²"
+    what = what_it_makes(asked).rstrip(",")
     seen.add(
         "generate",
         "data",

@@ -158,7 +158,8 @@ def _inspect_store(seen: Examination, store: Store, full: bool) -> None:
     regime, frames = store.regime, store.frames
     flow = ", ".join(f"{name} {getattr(regime, name):g}" for name in CONDITIONS)
     seen.add("flow", "numbers", f"{flow}; {regime.sgs}{'' if regime.dealias else ', aliased'}")
-    seen.add("flow", "grid", f"{regime.NX}², dt {regime.dt:g}, IC {regime.IC}")
+    cut = f", cut out of a solution on {regime.solved_NX}²" if regime.filtered else ""
+    seen.add("flow", "grid", f"{regime.NX}²{cut}, dt {regime.dt:g}, IC {regime.IC}")
     seen.add("frames", "numbers", f"{len(store):,}: {frames[0]} to {frames[-1]}")
     gaps = np.flatnonzero(np.diff(frames) > 1)
     if len(gaps):

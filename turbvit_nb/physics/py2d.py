@@ -47,7 +47,7 @@ class Regime:
     fky: float = 4  # wavenumber of the forcing along y
     alpha: float = 0.1  # linear drag
     beta: float = 0  # planetary vorticity gradient, with Py2D's sign: + βv on the right-hand side
-    sgs: str = "NoSGS"  # subgrid model; FDNS128: none, and the frames are cut out of a finer solution, on 128² points
+    sgs: str = "NoSGS"  # subgrid model; FDNS128: none, frames cut out of a solution on 128² points
     NX: int = 64  # grid points along each axis
     dt: float = 2e-4  # time step of the solver
     IC: int = 1  # number of the initial condition
@@ -57,20 +57,28 @@ class Regime:
     def __post_init__(self):
         if not self.Re > 0: raise ValueError(f"Re must be positive, not {self.Re}")
         if self.NX < 2 or self.NX % 2: raise ValueError(f"NX must be even and positive, not {self.NX}")
-        if self.solved_NX < self.NX: raise ValueError(f"{self.sgs}: frames of NX={self.NX} cannot be cut out of a coarser solution")
+        if self.solved_NX < self.NX or self.solved_NX % 2: raise ValueError(
+            f"{self.sgs}: frames of NX={self.NX} are cut out of a solution on an even, finer grid"
+        )
 
     @property
     def nu(self) -> float: return 1 / self.Re
 
     @property
     def solved_NX(self) -> int:
-        "Grid points along each axis that the flow was solved on: more than `NX` for filtered DNS."
+        "Points along each axis that the flow was solved on: more than `NX` for filtered DNS."
         return int(self.sgs[4:]) if re.fullmatch(r"FDNS\d+", self.sgs) else self.NX
 
     @property
+    def filtered(self) -> bool:
+        "Whether the solution holds waves that the frames do not."
+        return self.solved_NX > self.NX
+
+    @property
     def solved(self) -> "Regime":
-        "The regime of the solution that the frames were cut out of; itself unless it is filtered DNS."
-        return self if self.solved_NX == self.NX else replace(self, NX=self.solved_NX, sgs="NoSGS", spelling=())
+        "The regime of the solution that the frames were cut out of; itself if it is of the frames."
+        filtered = re.fullmatch(r"FDNS\d+", self.sgs)
+        return replace(self, NX=self.solved_NX, sgs="NoSGS") if filtered else self
 
     def conditions(self) -> tuple[float, ...]:
         "What a conditioned model is told of the flow, in the order of `CONDITIONS`, raw."

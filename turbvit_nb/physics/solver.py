@@ -171,12 +171,12 @@ def _check_regime(regime: Regime):
 @torch.no_grad()
 def tendency(
     regime: Regime,  # The flow
-    omega: torch.Tensor,  # Vorticity (…, NX, NX)
+    omega: torch.Tensor,  # Vorticity (…, N, N), N = regime.solved_NX
 ) -> torch.Tensor:
-    "∂ω/∂t (…, NX, NX): the right-hand side of the vorticity equation, dealiased."
-    _check_regime(regime)
-    modes, batch = _fields(regime.NX, omega)
-    flow, omega_hat = _Flow(regime, str(omega.device), omega.dtype), modes.pack(
+    "∂ω/∂t (…, N, N): the right-hand side of the vorticity equation, dealiased."
+    _check_regime(regime.solved)
+    modes, batch = _fields(regime.solved_NX, omega)
+    flow, omega_hat = _Flow(regime.solved, str(omega.device), omega.dtype), modes.pack(
         modes.grid.transform(batch)
     )
     rate = _Advection(modes, len(batch))(omega_hat) + flow.linear * omega_hat - flow.forcing
@@ -314,7 +314,7 @@ class Solver:
     def __init__(
         self,
         regime: Regime,  # The flow, with NX; filtered DNS is solved on its finer grid
-        omega0: torch.Tensor | np.ndarray,  # Vorticity (N, N) or (B, N, N), N = regime.NX or solved_NX
+        omega0: torch.Tensor | np.ndarray,  # Vorticity (N, N) or (B, N, N), N = NX or solved_NX
         scheme: str = "exact",  # "exact" or "py2d"
         dt: float | None = None,  # Longest step; None: `exact` chooses, `py2d` takes regime.dt
         time: float = 0.0,  # Time of `omega0`
@@ -326,7 +326,8 @@ class Solver:
         if omega0.ndim not in (2, 3): raise ValueError(
             f"omega0 is (N, N) or (B, N, N), not of shape {tuple(omega0.shape)}"
         )
-        if omega0.shape[-1] == regime.NX: omega0 = Grid.of(omega0).resample(omega0, regime.solved_NX)
+        if omega0.shape[-1] == regime.NX:  # a frame: the waves that it does not hold begin as nothing
+            omega0 = Grid.of(omega0).resample(omega0, regime.solved_NX)
         self.modes, batch = _fields(regime.solved_NX, omega0)
         if not batch.isfinite().all(): raise ValueError("omega0 holds values that are not finite")
         self.regime, self.scheme, self.shape, self.time = regime, scheme, omega0.shape, float(time)
@@ -510,7 +511,7 @@ def simulate(
     dtype: torch.dtype = torch.float64,  # Precision of the integration
     workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yields (t, omega) with omega of `omega0`'s shape, first at `t_save`. Raises ValueError at
+    """Yields (t, omega), omega (NX, NX) or (B, NX, NX), first at `t_save`. Raises ValueError at
     once for bad input, `BlowUp` on the way."""
     solver = Solver(regime, omega0, scheme, dt, time, dtype, workers)
     if state is not None: solver.load_state(state)
@@ -547,14 +548,14 @@ def load_state(
 def from_restart(
     cls: Solver,
     regime: Regime,  # The flow, with NX
-    omega0_hat: np.ndarray,  # One step before: `rfft2` (NX, NX//2+1) or (B, NX, NX//2+1)
+    omega0_hat: np.ndarray,  # One step before: `rfft2` (N, N//2+1) or (B, N, N//2+1), N = solved_NX
     omega1_hat: np.ndarray,  # Now
     time: float,  # Time of `omega1_hat`
     **kwargs,  # Of `Solver`
 ) -> "Solver":
     "A `py2d` solver that goes on from the restart state of a Py2D run."
     solver = cls(regime, np.fft.irfft2(omega1_hat), "py2d", time=time, **kwargs)
-    pack = lambda f_hat: solver.modes.pack(torch.as_tensor(f_hat) / regime.NX**2).reshape(
+    pack = lambda f_hat: solver.modes.pack(torch.as_tensor(f_hat) / regime.solved_NX**2).reshape(
         solver.omega_hat.shape
     ).to(solver.omega_hat)
     solver.omega_hat, solver.previous_hat = pack(omega1_hat), pack(omega0_hat)
@@ -563,8 +564,8 @@ def from_restart(
 
 @patch(as_prop=True)
 def restart_hats(self: Solver) -> tuple[np.ndarray, np.ndarray]:
-    """Omega0_hat and Omega1_hat of a Py2D restart state: `rfft2` (…, NX, NX//2+1), one step before
-    and now."""
+    """Omega0_hat and Omega1_hat of a Py2D restart state: `rfft2` (…, N, N//2+1), N = solved_NX, one
+    step before and now."""
     return tuple(
         (self.modes.unpack(h) * self.modes.NX**2).reshape(*self.shape[:-1], -1).cpu().numpy()
         for h in (self.previous_hat, self.omega_hat)
