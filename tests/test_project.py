@@ -86,7 +86,7 @@ ROOMS = {  # a folder: what its modules may import
     "data": {"data"} | {"physics", "lab"},
     "lab": {"lab"},
     "networks": {"networks", "layers", "lab"},
-    "compress": {"compress", "model", "datasets"} | GROUND,
+    "compress": {"compress", "networks", "model", "datasets"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
     "study": {"study", "climate", "forecast", "compress", "model", "datasets"} | GROUND,
