@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from importlib.util import find_spec
 from io import BytesIO
 
 import torch
@@ -270,7 +271,9 @@ def graph(
     x: Tensor,  # frames to trace it with
     cond: Tensor,  # flow parameters to trace it with
 ) -> bytes:  # with inputs x and, where it listens, cond; output y
-    "The program as an ONNX graph."
+    "The program as an ONNX graph. Raises `LabError` where the package onnx is not installed."
+    if find_spec("onnx") is None:
+        raise LabError("a graph needs onnx, which is not installed: pip install -e '.[deploy]'")
     told = listens(program, x[:1], cond[:1])
     names, inputs = (["x", "cond"], (x, cond)) if told else (["x"], (x,))
     axes = {name: {0: "batch"} for name in [*names, "y"]}
@@ -280,4 +283,18 @@ def graph(
         warnings.simplefilter("ignore")  # about shapes, and that a newer exporter exists
         named = dict(input_names=names, output_names=["y"], dynamic_axes=axes)
         torch.onnx.export(program, inputs, file, **style, **named)
-    return file.getvalue()
+    return file.getvalue() if program.dtype == torch.float32 else _norms_in_place(file.getvalue())
+
+# %% ../../nbs/compress/10_programs.ipynb #1cb03083
+def _norms_in_place(written: bytes) -> bytes:
+    "A graph in bfloat16 whose layer norms do not ask for another type."
+    import onnx
+
+    model = onnx.load_from_string(written)
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            others = [each for each in node.attribute if each.name != "stash_type"]
+            kind = onnx.helper.make_attribute("stash_type", onnx.TensorProto.BFLOAT16)
+            del node.attribute[:]
+            node.attribute.extend([*others, kind])
+    return model.SerializeToString()
