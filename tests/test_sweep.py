@@ -100,11 +100,11 @@ def killed(place) -> Path:
     "The file of a sweep that was killed while its first run trained."
     path, first = study(place, "night", ("[3, 4]", "[3]")), place / "runs" / "night_3"
     job = start("sweep", path)
-    wait_for(lambda: epochs(first) >= 2, 240)
+    wait_for(lambda: epochs(first) >= 2)
     assert "1 running" in turbvit("status").output
     job.send_signal(signal.SIGKILL)
-    job.communicate(timeout=60)
-    wait_for(lambda: stages(first)["train"]["state"] == "stopped", 120)
+    job.communicate(timeout=180)
+    wait_for(lambda: stages(first)["train"]["state"] == "stopped")
     return path
 
 

@@ -178,7 +178,7 @@ def count(
         runs.setdefault(task.point.run, []).append(cell.state)
     states = [_run_state(found) for found in runs.values()]
     due = {task: cell for task, cell in cells.items() if cell.due}
-    due = {t: c for t, c in due.items() if chosen is not None and t in set(chosen)} or due
+    due = {task: due[task] for task in chosen or () if task in due} or due
     guesses = {task: expected(task, cells) for task in due}
     ran = lambda cell: cell.seconds or 0.0 if cell.state == "running" else 0.0
     seconds = {t.name: max((guesses[t] or 0.0) - ran(cell), 0.0) for t, cell in due.items()}
@@ -391,7 +391,7 @@ def __iter__(self: Sweeping) -> Iterator[Event]:
                 again = f"turbvit sweep {self.state['file']} goes on from here"
                 code = INTERRUPTED if by_hand else TERMINATED
                 raise JobError(f"{self.sweep.name} was stopped; {again}", code)
-            tried |= self.ended.keys() | set(self.together.waiting)
+            tried |= due.keys()
     finally:
         self._note(ended=datetime.now().astimezone().isoformat(timespec="seconds"))
         self.lock.release()
