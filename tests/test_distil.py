@@ -17,7 +17,9 @@ from turbvit_nb.compress.distil import (
     Distil, DistillationConfig, answers, blocks, distillation, heard, layer_pairs, matched, projectors, spectral_error, unrolled,
 )
 from turbvit_nb.compress.masks import Masks, prunable
-from turbvit_nb.compress.schedules import schedule, select
+from turbvit_nb.compress.schedules import schedule
+from turbvit_nb.compress.selection import select
+from turbvit_nb.compress.units import unit_named
 from turbvit_nb.distil import distil
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
@@ -170,7 +172,8 @@ def home(tmp_path_factory):
     for name, made in dict(big=emulator(1, embed_dim=32, depth=2), dense=emulator(2), two=emulator(2, depth=2)).items():
         write_checkpoint(home / f"{name}.tar", emulator_state(made) | {"identity": as_state(Identity(name))})
     pruned = emulator(3)
-    masks = select(Masks.dense(prunable(pruned)), l1(pruned), schedule([0.5], [1])[0])
+    dense, pieces = Masks.dense(prunable(pruned)), unit_named("weight").pieces(pruned)
+    masks = select(dense, l1(pruned), schedule([0.5], [1])[0], pieces)
     masks.apply(pruned)
     optimizer = build_optimizer(pruned.network, chapter.TrainingConfig())
     identity = Identity("prune2_remaining_50.0", "pruned", 2, 50.0)

@@ -79,8 +79,6 @@ def combine(self: PruningConfig) -> None:
     if self.scope == "ms" and not unit.removable:
         saves = f"unit = {unit} saves no time"
         raise ValueError(f"scope = ms is for heads, channels and blocks: {saves}")
-    if self.compensate == "ridge" and not unit.removable:
-        raise ValueError(f"compensate = ridge is for heads and channels; for unit = {unit} use obs")
     if (self.retraining == "weight_rewind") != (self.rewind_to is not None):
         remedy = "give both: rewind_to is a checkpoint of an early epoch, as epoch4"
         raise ValueError(f"retraining = weight_rewind and rewind_to belong together; {remedy}")

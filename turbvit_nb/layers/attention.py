@@ -109,7 +109,7 @@ class MLP(nn.Module):
         hidden: int,  # channels between the layers, from 0 on
     ):
         super().__init__()
-        self.fc1, self.fc2 = _linear(dim, hidden), _linear(hidden, dim)
+        self.hidden, self.fc1, self.fc2 = hidden, _linear(dim, hidden), _linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + (self.attn(self.norm1(x)) if self.attn.num_heads else self.attn.proj.bias)
-        return x + (self.mlp(self.norm2(x)) if self.mlp.fc1.out_features else self.mlp.fc2.bias)
+        return x + (self.mlp(self.norm2(x)) if self.mlp.hidden else self.mlp.fc2.bias)
 
 # %% ../../nbs/layers/01_attention.ipynb #a3e9b280
 def stack(
