@@ -22,9 +22,9 @@ from pydantic import Field
 
 from ..compress.masks import prunable
 from ..lab.checkpoints import Identity, identity_from, parse_name
-from ..lab.config import LabError, Section, run_folder
+from ..lab.config import LabError, Section, read_toml, run_folder
 from ..lab.runs import Run
-from ..model import Emulator, card, load_emulator
+from ..model import Emulator, Kind, card, load_emulator
 
 # %% ../../nbs/study/00_entries.ipynb #0dd0e242
 from turbvit_nb.climate.distances import (
@@ -38,7 +38,12 @@ class CompareConfig(Section):
     "The [compare] section."
 
     runs: list[str] = []  # run folders or names of runs; none: the checkpoints of this run itself
+    sweep: str | None = None  # a sweep, by its file or its name: the runs it made are compared as well
     leads: list[Annotated[int, Field(ge=1)]] = [5, 10, 20, 30]  # leads of the ACC columns, in steps of the first model
+    reference: str = "dense"  # what latency is told relative to: a run's name, or "dense" for the largest dense model
+    batch_size: int = Field(8, gt=0)  # samples that step at once where latency is measured
+    threads: int | None = Field(None, gt=0)  # of the CPU, where it is measured; None: as many as the job has
+    rounds: int = Field(15, ge=0)  # of timing; 0 measures no latency
 
 
 def compare_settings(run: Run) -> CompareConfig:
@@ -68,6 +73,8 @@ class Entry:
     scores: xr.Dataset | None = None  # of the short analysis
     climate: xr.Dataset | None = None  # of the long analysis
     truth: xr.Dataset | None = None  # the climate to compare with
+    folder: Path | None = None  # of its run
+    setting: Mapping = field(default_factory=dict)  # the config of its run, tables and values
 
     @property
     def role(self) -> str:
@@ -78,6 +85,11 @@ class Entry:
     def remaining(self) -> float:
         "The fraction of the prunable weights that is left: counted where the checkpoint is there."
         return self.facts.get("remaining", self.identity.remaining / 100)
+
+    @property
+    def seed(self) -> int:
+        "Of everything random in its run."
+        return self.setting.get("seed", 0)
 
     @property
     def has_climate(self) -> bool:
@@ -109,13 +121,31 @@ def result_identity(
     return identity_from(attrs[0]) if attrs else parse_name(name)
 
 # %% ../../nbs/study/00_entries.ipynb #9702aad1
-def cost(emulator: Emulator) -> dict[str, float]:
-    "Parameters, prunable weights, the fraction of these that is not zero, and FLOPs of a step."
-    weights, facts = prunable(emulator.network).values(), card(emulator)
+def _packed(weight: torch.Tensor) -> int:
+    "Bytes of a weight with its zeros as bits: a bit for each, and what is left; or as it is, if that is less."
+    left = math.ceil(weight.numel() / 8) + int((weight != 0).sum()) * weight.itemsize
+    return min(left, weight.numel() * weight.itemsize)
+
+
+def cost(emulator: Kind) -> dict[str, float]:
+    "Parameters, prunable weights, the fraction of these that is not zero, FLOPs of a step, and bytes."
+    if not isinstance(emulator, Emulator):
+        return _own_cost(emulator)
+    weights, facts = list(prunable(emulator.network).values()), card(emulator)
     total = sum(weight.numel() for weight in weights)
     kept = sum(int((weight != 0).sum()) for weight in weights)
     counts = {"parameters": facts["parameters"], "prunable": total, "remaining": kept / total}
-    return {"model": facts["model_type"]} | counts | {"flops": facts["flops"]}
+    saved = sum(weight.numel() * weight.itemsize - _packed(weight) for weight in weights)
+    size = {"bytes": facts["weight_bytes"], "packed bytes": facts["weight_bytes"] - saved}
+    return {"model": facts["model_type"]} | counts | {"flops": facts["flops"]} | size
+
+
+def _own_cost(emulator: Kind) -> dict[str, float]:
+    "The same of a kind without a network of ours, which says in `facts` what its tensors do not."
+    parameters, buffers = list(emulator.parameters()), list(emulator.buffers())
+    held = sum(tensor.numel() * tensor.itemsize for tensor in [*parameters, *buffers])
+    counted = {"model": emulator.kind, "parameters": sum(p.numel() for p in parameters), "bytes": held}
+    return counted | dict(getattr(emulator, "facts", {}))
 
 # %% ../../nbs/study/00_entries.ipynb #ea93110c
 def gather(
@@ -129,9 +159,7 @@ def gather(
         for entry in found:
             for what in _lacking(entry, folder):
                 lacks.setdefault(what, []).append(f"{run} {entry.checkpoint}")
-    if len({entry.label for entry in entries}) < len(entries):  # two runs have a model of one name
-        for entry in entries:
-            entry.label = f"{entry.run} {entry.label}"
+    _told_apart(entries)
     return entries, missing + [f"no {what} of {', '.join(names)}" for what, names in lacks.items()]
 
 # %% ../../nbs/study/00_entries.ipynb #bf10725a
@@ -145,12 +173,24 @@ def entries_of(run: str, folder: Path) -> tuple[list[Entry], list[str]]:
     names = list(dict.fromkeys([*scores, *(name for name in climates if name != "truth")]))
     if not names:
         missing.append(f"{run} has no analyses; run 05_short_analysis and 06_long_analysis on it")
-    entries = []
+    config = folder / "config.toml"
+    entries, setting = [], read_toml(config) if config.exists() else {}
     for name in names:
         results = scores.get(name), climates.get(name)
         identity = result_identity(name, *results)
-        entries.append(Entry(run, name, identity, identity.label, {}, *results, climates.get("truth")))
+        found = Entry(run, name, identity, identity.label, {}, *results, climates.get("truth"))
+        found.folder, found.setting = folder, setting
+        entries.append(found)
     return entries, missing
+
+
+def _told_apart(entries: Sequence[Entry]) -> None:
+    "Labels that two entries share get the name of the run before them, then that of the checkpoint in their place."
+    ambiguous = lambda: len({entry.label for entry in entries}) < len(entries)
+    for write in (lambda e: f"{e.run} {e.label}", lambda e: f"{e.run} {e.checkpoint}"):
+        if ambiguous():
+            for entry in entries:
+                entry.label = write(entry)
 
 
 def _lacking(entry: Entry, folder: Path) -> list[str]:
