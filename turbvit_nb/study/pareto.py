@@ -51,6 +51,7 @@ def against_rivals(
     rivals: Sequence[Point],  # dense ones
     measure: str = "horizon",
     cost: str = "latency",
+    level: float = 0.95,
 ) -> tuple[float, float, float, int]:
     "Mean over seeds of a measure over that of a dense model of equal cost and seed, less 1; its interval; and the pairs."
     more, apart = MEASURES[measure].more, []
@@ -60,7 +61,7 @@ def against_rivals(
         theirs = rival_at(point.values(cost).get(seed, math.nan), usable, more)
         apart.append(value / theirs - 1)
     apart = [value for value in apart if math.isfinite(value)]
-    return *over_seeds(apart), len(apart)
+    return *over_seeds(apart, level), len(apart)
 
 # %% ../../nbs/study/11_pareto.ipynb #e45d750f
 FAMILY_COLOURS = dict(zip(("dense", "pruned", "control", "distilled", "deployed", "small dense"), COLOURS))
@@ -69,8 +70,7 @@ _MARKERS = dict(zip(FAMILIES, "sDovP*"))
 
 def hollow(point: Point) -> bool:
     "Whether its zeros are still there: weights, or the masked twin of a smaller model."
-    zeros = point.about.get("unit", "") in ("weight", "row") or point.about["masked"]
-    return zeros and point.family in ("pruned", "distilled")
+    return point.about["zeros"]
 
 
 def _bar(x: float, ends: Sequence[float], colour: str) -> list:

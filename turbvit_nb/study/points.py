@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'FAMILIES', 'PLANTED', 'SPARSE', 'over_seeds', 'reach', 'one_step', 'climate_distance', 'blow_ups',
            'first_pattern', 'left_over', 'strong_vortices', 'Measure', 'recipe_keys', 'recipe', 'taught', 'family',
            'features', 'label_of', 'Point', 'points_of', 'extra_training', 'controls', 'starts', 'change',
-           'planted_entry', 'planted_study', 'skill_rows', 'cost_rows']
+           'planted_entry', 'planted_study', 'skill_rows', 'climate_rows', 'cost_rows']
 
 # %% ../../nbs/study/10_points.ipynb #a225015f
 import json
@@ -170,7 +170,9 @@ FAMILIES = ("dense", "small dense", "control", "pruned", "distilled", "deployed"
 
 def taught(entry: Entry) -> bool:
     "Whether a teacher helped to make it."
-    return entry.setting.get("distillation", {}).get("distill_weight", 0) > 0
+    said = entry.setting.get("distillation", {})
+    rollout = said.get("rollout_weight", 0) if said.get("rollout_steps") else 0
+    return any((said.get("distill_weight", 0), said.get("hidden_weight", 0), said.get("spectral_weight", 0), rollout))
 
 
 def family(entry: Entry, reference: Entry | None) -> str:
@@ -189,6 +191,11 @@ def _unit(entry: Entry) -> str:
     return unit if isinstance(unit, str) else "+".join(unit)
 
 
+def _removable(unit: str) -> bool:
+    "Whether a model without such pieces is physically smaller."
+    return set(unit.split("+")) <= {"head", "channel", "block"}
+
+
 def features(entry: Entry, reference: Entry | None) -> dict:
     "What a reader wants to know of an entry, by name."
     kind, found = family(entry, reference), {}
@@ -198,9 +205,10 @@ def features(entry: Entry, reference: Entry | None) -> dict:
         model = entry.setting.get("model", {})
         known = [str(model[key]) for key in ("embed_dim", "base_channels", "depth") if key in model]
         found["network"] = "×".join(known) or f"{short_count(entry.facts['parameters'])} parameters"
-    masked = entry.role == "pruned" and found.get("unit", "weight") not in ("weight", "row")
+    masked = entry.role == "pruned" and _removable(found.get("unit", "weight"))
     backend = {key: entry.facts.get(key, "") for key in ("backend", "precision")} if kind == "deployed" else {}
-    return found | {"stage": entry.identity.stage, "masked": masked, "taught": taught(entry)} | backend
+    zeros = bool(found) and entry.role == "pruned"
+    return found | {"stage": entry.identity.stage, "masked": masked, "zeros": zeros, "taught": taught(entry)} | backend
 
 # %% ../../nbs/study/10_points.ipynb #b3168be7
 def label_of(kind: str, about: Mapping, left: float) -> str:
@@ -261,7 +269,7 @@ def points_of(
         some = next(iter(group.values()))
         found.append(Point(family(some, first), features(some, first), dict(sorted(group.items()))))
     found.sort(key=lambda point: (FAMILIES.index(point.family), str(point.about.get("unit", "")),
-                                  str(point.about.get("criterion", "")), point.about["stage"]))
+                                  str(point.about.get("criterion", "")), point.about["stage"], not point.about["masked"]))
     return _labelled(found)
 
 
@@ -284,7 +292,8 @@ def extra_training(entry: Entry) -> tuple | None:
     epochs = entry.setting.get("pruning", {}).get("epoch_schedule")
     if not entry.identity.stage or epochs is None:
         return None
-    spent = sum(epochs[: entry.identity.stage]) if isinstance(epochs, list) else epochs * entry.identity.stage
+    each = epochs if isinstance(epochs, list) and len(epochs) > 1 else np.ravel(epochs).tolist() * entry.identity.stage
+    spent = sum(each[: entry.identity.stage])
     return spent, entry.setting.get("finetuning", {}).get("steps_per_epoch")
 
 
@@ -325,6 +334,7 @@ def change(
     partners: Mapping[Entry, Entry],  # of `controls` or `starts`
     measure: str,
     share: bool = False,  # relative to the partner's
+    level: float = 0.95,
 ) -> tuple[float, float, float, int]:
     "Mean over seeds of a measure less the partner's, seed by seed; its interval; and how many pairs there are."
     of, apart = MEASURES[measure].of, []
@@ -333,7 +343,7 @@ def change(
             mine, theirs = of(entry), of(partners[entry])
             apart.append(mine / theirs - 1 if share else mine - theirs)
     apart = [value for value in apart if math.isfinite(value)]
-    return *over_seeds(apart), len(apart)
+    return *over_seeds(apart, level), len(apart)
 
 # %% ../../nbs/study/10_points.ipynb #afef6094
 PLANTED = {"taylor": 0.02 / 0.8**4, "l1": 0.03 / 0.8**4, "random": 0.02 / 0.5**4}  # a_c
@@ -389,7 +399,7 @@ def planted_study(seeds: int = 3, criteria: Mapping[str, float] = PLANTED) -> li
         entries.append(thin)
     return entries
 
-# %% ../../nbs/study/10_points.ipynb #c5eb759b
+# %% ../../nbs/study/10_points.ipynb #631f54b3
 def _cell(ends: Sequence[float], scale: float = 1.0, form: str = "") -> str:
     "A mean over seeds and its interval; – where it is not known."
     return "–" if math.isnan(ends[0]) else interval_text(*(scale * end for end in ends[:3]), form)
@@ -409,7 +419,17 @@ def skill_rows(points: Sequence[Point], entries: Sequence[Entry]) -> Table:
         rows.append(row)
     return unbroken(rows, "Means over seeds [95 % interval over seeds]; the climate distance is 1 where chance takes the truth itself")
 
-# %% ../../nbs/study/10_points.ipynb #1bd9b07f
+# %% ../../nbs/study/10_points.ipynb #c886fec8
+def climate_rows(points: Sequence[Point]) -> Table:
+    "What climate every point has, as far as it was rolled out for long."
+    names = ["climate distance", "spectrum (decades)", "PDF of ω (σ)", "zonal flow (relative)", "enstrophy (relative)"]
+    names += ["EOF 1", "budget left over", "strong vortices"]
+    known = [point for point in points if point.values("climate distance")]
+    rows = [{"": p.label, "seeds": len(p.values("climate distance"))} | {n: _cell(p.summary(n)) for n in names} for p in known]
+    return unbroken(rows, "Climates: distances from the truth's, overlap of the first EOF with the truth's, residual of the "
+                    "enstrophy budget, return level of strong vortices; means over seeds [95 % interval]")
+
+# %% ../../nbs/study/10_points.ipynb #8ce92f6f
 def cost_rows(points: Sequence[Point]) -> Table:
     "What every point costs: weights, operations, bytes, and the measured time."
     rows = []

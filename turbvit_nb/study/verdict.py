@@ -33,7 +33,7 @@ from ..forecast.reading import horizons
 
 # %% ../../nbs/study/03_verdict.ipynb #88cad3ce
 SIGNS = {"worse": "▼", "better": "▲", "mixed": "▼▲", "none": "=", "unknown": "?"}
-SIGNS |= {"note": "·", "caution": "!"}
+SIGNS |= {"note": "·", "caution": "!", "holds": "✓", "fails": "✗"}
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Finding:
     "One thing that the numbers say."
 
     mark: str  # a key of `SIGNS`
-    about: str  # forecast, pruning: forecast, pruning: climate, climate, not supported, missing
+    about: str  # forecast, pruning: forecast, pruning: climate, climate, study, belief, not supported, missing
     sentence: str
 
 # %% ../../nbs/study/03_verdict.ipynb #fcc72088
@@ -248,9 +248,10 @@ def verdict(
     return said + [Finding("unknown", "missing", f"Missing: {what}.") for what in missing]
 
 # %% ../../nbs/study/03_verdict.ipynb #9bdf188c
-_INK = {"worse": "#b04000", "better": "#00714f", "mixed": "#8a6100"}
+_INK = {"worse": "#b04000", "better": "#00714f", "mixed": "#8a6100", "holds": "#00714f", "fails": "#b04000"}
 _KEY = {"worse": "worse", "better": "better", "none": "no difference shown", "unknown": "not known",
         "caution": "what the numbers do not support"}
+_BELIEFS = {"holds": "a belief that holds here", "fails": "one that does not"}
 
 
 class Verdict:
@@ -264,7 +265,8 @@ class Verdict:
         sign = lambda mark: f'<td style="{style}{_INK.get(mark, "#555")}">{SIGNS[mark]}</td>'
         said = lambda part: f'<td style="text-align: left">{html.escape(part.sentence)}</td>'
         rows = "\n".join(f"<tr>{sign(part.mark)}{said(part)}</tr>" for part in self.findings)
-        key = ", ".join(f"{SIGNS[mark]} {word}" for mark, word in _KEY.items())
+        beliefs = _BELIEFS if {"holds", "fails"} & {part.mark for part in self.findings} else {}
+        key = ", ".join(f"{SIGNS[mark]} {word}" for mark, word in (_KEY | beliefs).items())
         return f'<table class="verdict"><caption>{key}</caption><tbody>{rows}</tbody></table>'
 
     def __repr__(self) -> str:
