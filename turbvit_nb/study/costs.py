@@ -104,7 +104,8 @@ def reference_of(
     named = [entry for entry in dense if entry.run == Path(wanted).name]
     if wanted != "dense" and not named:
         runs = ", ".join(dict.fromkeys(entry.run for entry in dense)) or "no run"
-        raise LabError(f"compare.reference = {wanted} is no run with a dense model; among these, {runs} has one")
+        told = f"compare.reference = {wanted} is no run with a dense model"
+        raise LabError(f"{told}; among these, {runs} has one")
     return max(named or dense, key=lambda entry: entry.facts.get("parameters", 0), default=None)
 
 # %% ../../nbs/study/09_costs.ipynb #5ebc7320
@@ -143,7 +144,8 @@ def _timed(
 ) -> dict[str, dict]:  # by the names of the file
     "The latencies of some entries beside the reference."
     loaded = {_key(e): load_emulator(_file(e), device=device) for e in [reference, *group]}
-    steps = {name: step_of(emulator, settings.batch_size, device) for name, emulator in loaded.items()}
+    steps = {name: step_of(emulator, settings.batch_size, device) for name,
+             emulator in loaded.items()}
     advance = {name: emulator.step * emulator.out_frames for name, emulator in loaded.items()}
     return latencies(timed_rounds(steps, settings.rounds), _key(reference), advance)
 
@@ -173,18 +175,21 @@ def measure_latency(
             stale = []
         fresh = {}
         for i in range(0, len(stale), GROUP):
-            fresh |= _timed([e for e in stale[i : i + GROUP] if e is not reference], reference, settings, run.device)
+            fresh |= _timed([e for e in stale[i : i + GROUP] if e is not reference], reference,
+                            settings, run.device)
     if fresh:
         known = _kept(known, fresh, stale, asked | {"rounds": settings.rounds})
         with atomic(run.path / "latency.json") as part:
             part.write_text(json.dumps(known, indent=1, ensure_ascii=False))
     for entry in entries:
         told = known["models"].get(_key(entry), {})
-        entry.facts = told.get("facts", {}) | entry.facts | {n: v for n, v in told.items() if n[:2] in ("ms", "sp")}
+        entry.facts = told.get("facts", {}) | entry.facts | {n: v for n, v in told.items()
+                                                             if n[:2] in ("ms", "sp")}
     return known
 
 # %% ../../nbs/study/09_costs.ipynb #0e0fe095
-def _kept(known: Mapping, fresh: Mapping[str, dict], timed: Sequence[Entry], conditions: Mapping) -> dict:
+def _kept(known: Mapping, fresh: Mapping[str, dict], timed: Sequence[Entry],
+          conditions: Mapping) -> dict:
     "What latency.json holds after some entries were timed."
     same = {**known.get("conditions", {})} == {k: v for k, v in conditions.items() if k != "rounds"}
     models = dict(known["models"]) if same and known.get("machine") == machine() else {}

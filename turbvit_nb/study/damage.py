@@ -41,7 +41,8 @@ def band_errors(scores: xr.Dataset, step: int) -> np.ndarray:
     at = scores.sel(lead=step)
     error, truth = (at[name] for name in ("error_spectrum", "truth_spectrum"))
     error = error.sel(forecast="emulator").values
-    both = [[part[low : high + 1].sum() for low, high in octaves(last_shell(scores))] for part in (error, truth.values)]
+    both = [[part[low : high + 1].sum() for low, high in octaves(last_shell(scores))]
+            for part in (error, truth.values)]
     return np.sqrt(np.divide(*map(np.array, both)))
 
 
@@ -72,15 +73,18 @@ def band_energies(climate: xr.Dataset, last: int) -> np.ndarray:
 def _last_of(climate: xr.Dataset) -> int:
     "The last shell of a climate's spectrum that its model has."
     shells = climate.sizes["shell"] - 1
-    return min(shells, math.floor(float(climate.attrs.get("cutoff_wavenumber", 0)) or shells * 2**-0.5))
+    return min(shells, math.floor(float(climate.attrs.get("cutoff_wavenumber", 0))
+                                  or shells * 2**-0.5))
 
 
-def climate_damage(point: Point, partners: Mapping[Entry, Entry]) -> list[tuple[float, float, float]]:
-    "Energy of each octave over the control's, less 1, mean over seeds with its interval; empty where none is known."
+def climate_damage(point: Point, partners: Mapping[Entry, Entry]) -> list[tuple[float, float,
+                                                                                float]]:
+    "Energy of each octave over the control's, less 1, mean over seeds with its interval."
     apart = []
     for mine in point.entries.values():
         pair = [mine, partners.get(mine)]
-        if all(e is not None and e.climate is not None and "energy_spectrum" in e.climate for e in pair):
+        if all(e is not None and e.climate is not None and "energy_spectrum" in e.climate
+               for e in pair):
             last = min(_last_of(e.climate) for e in pair)
             apart.append(np.divide(*(band_energies(e.climate, last) for e in pair)) - 1)
     return [over_seeds(band) for band in np.transpose(apart)]
@@ -88,11 +92,13 @@ def climate_damage(point: Point, partners: Mapping[Entry, Entry]) -> list[tuple[
 # %% ../../nbs/study/12_damage.ipynb #af9d1541
 def shades(count: int) -> list[str]:
     "So many colours from light to dark."
-    return [to_hex(colormaps["viridis_r"](0.12 + 0.85 * i / max(1, count - 1))) for i in range(count)]
+    return [to_hex(colormaps["viridis_r"](0.12 + 0.85 * i / max(1, count - 1)))
+            for i in range(count)]
 
 
 def damage_figure(
-    damages: Mapping[str, Sequence[tuple]],  # of a point's label: of `forecast_damage` or `climate_damage`
+    damages: Mapping[str,
+        Sequence[tuple]],  # of a point's label: of `forecast_damage` or `climate_damage`
     last: int,  # shell
     title: str = "",
     ylabel: str = "error, change from the control (%)",
@@ -102,9 +108,11 @@ def damage_figure(
     middle = [math.sqrt(low * high) for low, high in octaves(last)]
     known = {name: 100 * np.array(found) for name, found in damages.items() if len(found)}
     lines = {name: (middle[: len(found)], found[:, 0]) for name, found in known.items()}
-    bands = {name: (found[:, 1], found[:, 2]) for name, found in known.items() if np.isfinite(found).all()}
+    bands = {name: (found[:, 1], found[:, 2]) for name, found in known.items()
+             if np.isfinite(found).all()}
     ticks = [(2**i, str(2**i)) for i in range(7)]
-    drawn = curves(lines, "wavenumber k", ylabel, title, bands=bands, level=0.0, logx=True, xticks=ticks, **axes)
+    drawn = curves(lines, "wavenumber k", ylabel, title, bands=bands, level=0.0, logx=True,
+                   xticks=ticks, **axes)
     colours = dict(zip(lines, shades(len(lines))))
     shaded = iter(bands)
     for part in drawn:
@@ -119,18 +127,20 @@ def gives_way(
     damages: Sequence[tuple[float, Sequence[tuple]]],  # sparsity, and the damage of each octave
     sign: int = 1,  # of damage: more error, or less energy (-1)
 ) -> list[float]:
-    "By octave the lowest sparsity from which on the damage is beyond its interval; inf where it is at none."
+    "By octave the lowest sparsity from which on the damage is shown; inf where it is at none."
     ordered = sorted((s, np.array(found)) for s, found in damages if len(found))
     if not ordered:
         return []
-    worse = np.array([(sign * found[:, 0] > 0) & (np.sign(found[:, 1]) == np.sign(found[:, 2])) for _, found in ordered])
+    worse = np.array([(sign * found[:, 0] > 0) & (np.sign(found[:, 1]) == np.sign(found[:, 2]))
+                      for _, found in ordered])
     on = np.flip(np.logical_and.accumulate(np.flip(worse, 0), 0), 0)  # from here on
     sparse = np.array([s for s, _ in ordered])
     return [float(sparse[column.argmax()]) if column.any() else math.inf for column in on.T]
 
 
-def eaten_first(damages: Sequence[tuple[float, Sequence[tuple]]], last: int) -> tuple[tuple[int, int], float, tuple] | None:
-    "The octave that gives way first, at which sparsity, and its damage there; None where none does."
+def eaten_first(damages: Sequence[tuple[float, Sequence[tuple]]],
+                last: int) -> tuple[tuple[int, int], float, tuple] | None:
+    "The octave that gives way first, at which sparsity, and its damage there; or None."
     at = gives_way(damages)
     if not at or math.isinf(min(at)):
         return None

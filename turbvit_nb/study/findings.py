@@ -25,10 +25,11 @@ from turbvit_nb.study.points import (
     Point, change, climate_rows, controls, cost_rows, over_seeds, points_of, skill_rows, starts,
 )
 from turbvit_nb.study.ranking import (
-    Contest, Ranked, comparable, contests, percents, ranking, ranking_table, rows_of, sustained, sustained_table,
+    Contest, Ranked, comparable, contests, percents, ranking, ranking_table, rows_of, sustained,
+                                      sustained_table,
 )
 from .tables import unbroken
-from .verdict import Finding
+from .verdict import SIGNS, Finding
 
 # %% ../../nbs/study/15_findings.ipynb #fdb56800
 MANY = 12  # entries: more are shown by point
@@ -55,14 +56,20 @@ class Study:
     @cached_property
     def contests(self) -> list[tuple[Contest, list[Ranked]]]:
         "Every contest of criteria, and its ranking."
-        return [(one, ranking(one, self.controls)) for one in contests(self.points) if one.seeds and comparable(one)]
+        return [(one, ranking(one, self.controls)) for one in contests(self.points) if one.seeds
+                and comparable(one)]
 
     @cached_property
     def rivals(self) -> list[tuple[Point, tuple[float, float, float, int]]]:
-        "The smaller and the deployed points against dense models of equal latency, as far as one is as fast."
+        "The pruned and deployed points against dense models of equal latency, where one is as fast."
         asked = [p for p in self.family("pruned", "distilled", "deployed") if p.values("latency")]
-        found = [(point, against_rivals(point, self.family("dense", "small dense"))) for point in asked]
+        found = [(point, self.against_dense(point)) for point in asked]
         return [(point, ends) for point, ends in found if ends[3]]
+
+    def against_dense(self, point: Point, level: float = 0.95) -> tuple[float, float, float, int]:
+        "Against the dense models, and against its control, which is dense and trained as long."
+        return against_rivals(point, self.family("dense", "small dense"), self.controls,
+                              level=level)
 
     @cached_property
     def agreements(self) -> list[dict]:
@@ -71,8 +78,9 @@ class Study:
 
 
 def is_study(entries: Sequence[Entry], settings: CompareConfig) -> bool:
-    "Whether a comparison has more to say than its single models: seeds, a sweep, or too many to list."
-    return bool(settings.sweep) or len(entries) > MANY or any(len(p.entries) > 1 for p in points_of(entries))
+    "Whether there is more than single models: seeds, a sweep, or too many to list."
+    return bool(settings.sweep) or len(entries) > MANY or any(len(p.entries) > 1
+                                                              for p in points_of(entries))
 
 # %% ../../nbs/study/15_findings.ipynb #d2cbac4c
 def _seeds(n: int) -> str:
@@ -87,11 +95,15 @@ def shown(ends: Sequence[float]) -> str:
 
 def what_it_is(study: Study) -> list[Finding]:
     "How many models of how many recipes, and what so few seeds cannot show."
-    told = f"{len(study.entries)} models of {len(study.points)} recipes, of up to {_seeds(study.seeds)} each; intervals are over seeds"
-    said = [Finding("note", "study", f"{told}, and differences are taken between models of one seed.")]
+    told = f"{len(study.entries)} models of {len(study.points)} recipes, of up to {_seeds(study.seeds)} each"
+    told += "; intervals are over seeds"
+    said = [Finding("note", "study",
+                    f"{told}, and differences are taken between models of one seed.")]
     if study.seeds < 3:
-        few = "one seed has no interval" if study.seeds == 1 else "of two seeds Student's interval is 13 standard errors wide to each side"
-        said.append(Finding("caution", "not supported", f"Not supported: {few}, so hardly anything can be shown; train more seeds."))
+        two = "of two seeds Student's interval is 13 standard errors wide to each side"
+        few = "one seed has no interval" if study.seeds == 1 else two
+        said.append(Finding("caution", "not supported",
+            f"Not supported: {few}, so hardly anything can be shown; train more seeds."))
     return said
 
 # %% ../../nbs/study/15_findings.ipynb #a9f846e2
@@ -106,14 +118,18 @@ def how_far(study: Study, allowed: float = 0.02) -> list[Finding]:
     return [_far_words(*key, *told, allowed) for key, told in best.items()]
 
 
-def _far_words(unit: str, with_teacher: bool, found, most: float, criterion: str, of: str, allowed: float) -> Finding:
+def _far_words(unit: str, with_teacher: bool, found, most: float, criterion: str, of: str,
+               allowed: float) -> Finding:
     "One of them in words."
     of = "weights" if of == "remaining" else "FLOPs"
-    told = f"at least {percents((most, math.nan, math.nan), '')}" if found.bound else percents(found.removed, "")
-    strict = f"{100 * found.shown:.0f} % with the whole interval" if found.shown else "at no sparsity with the whole interval"
+    told = percents((most, math.nan, math.nan) if found.bound else found.removed, "")
+    told = f"at least {told}" if found.bound else told
+    strict = f"{100 * found.shown:.0f} %" if found.shown else "at no sparsity"
     taught = " with a teacher" * with_teacher
-    return Finding("note", "study", f"Unit {unit}{taught}: {criterion} goes furthest, {told} % of the {of} removed within "
-                   f"{100 * allowed:g} % of the control's horizon ({_seeds(found.seeds)}; {strict}).")
+    return Finding("note", "study",
+        f"Unit {unit}{taught}: {criterion} goes furthest, {told} % of the {of} removed within "
+                   f"{100 * allowed:g} % of the control's horizon "
+                   f"({_seeds(found.seeds)}; {strict} with the whole interval).")
 
 # %% ../../nbs/study/15_findings.ipynb #12ae04c0
 def belief(claim: str, ends: Sequence[float] | None, told: str) -> Finding:
@@ -133,27 +149,33 @@ def zeros_are_fast(study: Study) -> list[Finding]:
     sparsest = min(masked, key=lambda p: p.left)
     speeds = [1 / value for p in masked for value in p.values("latency").values()]
     own = [1 / value for value in sparsest.values("latency").values()]
-    told = (f"Measured speed-up of models whose zeros are multiplied: {np.median(speeds):.2f}× in the median, at most {max(speeds):.2f}×; "
-            f"{np.median(own):.2f}× with {100 * sparsest.left:.0f} % of the weights left, where the zeros promise {1 / sparsest.left:.3g}×.")
+    told = (f"Measured speed-up of models whose zeros are multiplied: {np.median(speeds):.2f}× in the "
+            f"median, at most {max(speeds):.2f}×; {np.median(own):.2f}× with {100 * sparsest.left:.0f} % "
+            f"of the weights left, where the zeros promise {1 / sparsest.left:.3g}×.")
     faster = np.median(own) > 1.05
-    return [Finding("holds" if faster else "fails", "belief", f"“Sparse models are faster”: {'holds' if faster else 'fails'} here. {told}")]
+    return [Finding("holds" if faster else "fails", "belief",
+                    f"“Sparse models are faster”: {'holds' if faster else 'fails'} here. {told}")]
 
 
 def removed_is_fast(study: Study) -> list[Finding]:
     "How much faster the models are from which something is physically gone, or that were deployed."
-    found = [p for p in study.family("pruned", "distilled", "deployed") if not hollow(p) and p.values("latency")]
+    found = [p for p in study.family("pruned", "distilled", "deployed") if not hollow(p)
+             and p.values("latency")]
     speed = lambda p: 1 / p.summary("latency")[0]
     told = []
-    for name, some in (("removed", [p for p in found if p.family != "deployed"]), ("deployed", [p for p in found if p.family == "deployed"])):
+    for name, some in (("removed", [p for p in found if p.family != "deployed"]),
+                       ("deployed", [p for p in found if p.family == "deployed"])):
         if some:
             fast = max(some, key=speed)
-            told.append(f"the fastest model that was {name} is {fast.label}, {speed(fast):.2f}× the dense one")
+            told.append(f"the fastest model that was {name} is {fast.label}, "
+                        f"{speed(fast):.2f}× the dense one")
     words = "; ".join(told)
-    return [Finding("note", "study", f"{words[0].upper()}{words[1:]} (measured side by side).")] if told else []
+    return [Finding("note", "study",
+                    f"{words[0].upper()}{words[1:]} (measured side by side).")] if told else []
 
 # %% ../../nbs/study/15_findings.ipynb #0a0fb5a6
 def loudest(points: Sequence[Point], ask: Callable) -> tuple[Point, tuple, int, int] | None:
-    "The point whose difference `ask(point, level)` is largest, that difference, how many were asked, how many are shown to be less."
+    "The point whose difference is largest, the difference, how many were asked and are shown less."
     known = [(p, ask(p, 0.95)) for p in points]
     known = [(p, ends) for p, ends in known if math.isfinite(ends[0])]
     if not known:
@@ -169,30 +191,32 @@ def _loud(claim: str, found: tuple | None, what: str) -> Finding:
         return belief(claim, None, "")
     point, ends, asked, worse = found
     told = f"{point.label} is the best of {asked}: {percents(ends)} % {what} ({_seeds(ends[3])}"
-    told += f", widened for the choice); {worse} of {asked} are shown to be worse." if asked > 1 else ")."
+    many = f", widened for the choice); {worse} of {asked} are shown to be worse."
+    told += many if asked > 1 else ")."
     return belief(claim, ends, told)
 
 
 def pruning_improves(study: Study) -> Finding:
     "Whether some pruned model is better than its control, which trained as long."
-    points = [p for p in study.family("pruned") if any(e in study.controls for e in p.entries.values())]
+    points = [p for p in study.family("pruned")
+              if any(e in study.controls for e in p.entries.values())]
     ask = lambda p, level: change(p, study.controls, "horizon", True, level)
-    return _loud("Pruning improves a model", loudest(points, ask), "of the horizon against its control")
+    return _loud("Pruning improves a model", loudest(points, ask),
+                 "of the horizon against its control")
 
 
 def beats_small(study: Study) -> Finding:
-    "Whether some smaller or deployed model beats the dense one of equal latency, trained from scratch."
+    "Whether some pruned model beats the dense one of equal latency, trained from scratch."
     claim = "A large model pruned beats a small one trained dense, at equal latency"
-    rivals = study.family("dense", "small dense")
     if not study.family("small dense"):
         return belief(claim, None, "No smaller dense model is among the runs.")
     points = [point for point, _ in study.rivals if point.family != "deployed"]
-    ask = lambda p, level: against_rivals(p, rivals, level=level)
-    return _loud(claim, loudest(points, ask), "of the horizon against the dense model of its latency")
+    return _loud(claim, loudest(points, study.against_dense),
+                 "of the horizon against the dense model of its latency")
 
 # %% ../../nbs/study/15_findings.ipynb #75379f35
 def ahead(study: Study, one: str, other: str) -> tuple[float, float, float, int]:
-    "By how much the horizon of one criterion is beyond the other's, relative, mean over all contests of weights; interval over seeds."
+    "By how much one criterion's horizon is beyond the other's, mean over all contests; interval."
     of, by_seed = (lambda p, seed: p.values("horizon").get(seed, math.nan)), {}
     for contest, _ in study.contests:
         if {one, other} <= contest.points.keys():
@@ -205,7 +229,8 @@ def ahead(study: Study, one: str, other: str) -> tuple[float, float, float, int]
 def criteria_beliefs(study: Study) -> list[Finding]:
     "Is the magnitude as good as what costs gradients, and is anything better than chance?"
     names = list(dict.fromkeys(name for one, _ in study.contests for name in one.points))
-    tell = lambda a, b, ends: f"{a} over {b}: {percents(ends)} % of the horizon, mean over what was removed ({_seeds(ends[3])})."
+    mean = "% of the horizon, mean over what was removed"
+    tell = lambda a, b, ends: f"{a} over {b}: {percents(ends)} {mean} ({_seeds(ends[3])})."
     said = []
     others = [name for name in names if name not in ("l1", "random")]
     if "l1" in names and others:
@@ -213,12 +238,15 @@ def criteria_beliefs(study: Study) -> list[Finding]:
         best = max(gains, key=lambda name: gains[name][0])
         ends = gains[best]
         words = {"more": "fails", "less": "holds", "open": "unknown"}[shown(ends)]
-        told = {"fails": "fails here", "holds": "holds here", "unknown": "these seeds do not tell"}[words]
-        said.append(Finding(words, "belief", f"“Magnitudes are all one needs”: {told}. {tell(best, 'l1', ends)}"))
+        told = {"fails": "fails here", "holds": "holds here",
+                "unknown": "these seeds do not tell"}[words]
+        said.append(Finding(words, "belief",
+                            f"“Magnitudes are all one needs”: {told}. {tell(best, 'l1', ends)}"))
     if "random" in names and len(names) > 1:
         gains = {name: ahead(study, name, "random") for name in names if name != "random"}
         worst = min(gains, key=lambda name: gains[name][0])
-        said.append(belief("Any criterion is better than chance", gains[worst], "The least: " + tell(worst, "random", gains[worst])))
+        said.append(belief("Any criterion is better than chance", gains[worst],
+                           "The least: " + tell(worst, "random", gains[worst])))
     return said
 
 # %% ../../nbs/study/15_findings.ipynb #197d9ba4
@@ -226,7 +254,8 @@ def _twin(point: Point, points: Sequence[Point]) -> Point | None:
     "The point that differs in the teacher alone."
     keys = ("criterion", "unit", "stage", "masked")
     same = lambda other: all(other.about.get(key) == point.about.get(key) for key in keys)
-    return next((p for p in points if p.family == "pruned" and not p.about["taught"] and same(p)), None)
+    return next((p for p in points if p.family == "pruned" and not p.about["taught"] and same(p)),
+                None)
 
 
 def teacher_helps(study: Study) -> list[Finding]:
@@ -240,20 +269,25 @@ def teacher_helps(study: Study) -> list[Finding]:
     if not by_seed:
         return []
     ends = over_seeds(float(np.mean(values)) for values in by_seed.values())
-    return [belief("A teacher helps", ends, f"With one, {percents(ends)} % of the horizon ({_seeds(len(by_seed))}).")]
+    return [belief("A teacher helps", ends,
+                   f"With one, {percents(ends)} % of the horizon ({_seeds(len(by_seed))}).")]
 
 # %% ../../nbs/study/15_findings.ipynb #44cf8d52
-def damages(study: Study, criterion: str, unit: str = "weight", steps: int = 1) -> list[tuple[Point, list[tuple]]]:
+def damages(study: Study, criterion: str, unit: str = "weight",
+            steps: int = 1) -> list[tuple[Point, list[tuple]]]:
     "The damage of every point of a criterion after some steps, the most left first."
     row = rows_of(study.points).get((criterion, unit, False), [])
-    step = next((float(e.scores.attrs["step"]) for p in row for e in p.entries.values() if e.scores is not None), math.nan)
+    step = next((float(e.scores.attrs["step"]) for p in row for e in p.entries.values()
+                 if e.scores is not None), math.nan)
     return [(point, forecast_damage(point, study.controls, steps * step)) for point in row]
 
 
 def leading(study: Study, unit: str = "weight") -> str | None:
     "The criterion of a unit that can remove most; None where there is no control to say."
-    found = {c: sustained(row, study.controls) for (c, u, t), row in rows_of(study.points).items() if u == unit and not t}
-    return max((c for c in found if found[c].seeds), key=lambda c: found[c].removed[0], default=None)
+    found = {c: sustained(row, study.controls) for (c, u, t), row in rows_of(study.points).items()
+             if u == unit and not t}
+    return max((c for c in found if found[c].seeds), key=lambda c: found[c].removed[0],
+               default=None)
 
 
 def eaten_scales(study: Study) -> list[Finding]:
@@ -263,16 +297,21 @@ def eaten_scales(study: Study) -> list[Finding]:
     known = [pair for pair in found if len(pair[1])]
     if not known:
         return []
-    scores = next(e.scores for p in study.family("pruned") for e in p.entries.values() if e.scores is not None)
+    scores = next(e.scores for p in study.family("pruned") for e in p.entries.values()
+                  if e.scores is not None)
     first, bands = eaten_first(known, last_shell(scores)), len(known[0][1])
     if first is None:
-        return [Finding("unknown", "belief", f"“{claim}”: these seeds do not tell. No octave of the one-step error is shown to suffer at any sparsity.")]
+        return [Finding("unknown", "belief",
+                        f"“{claim}”: these seeds do not tell. No octave of the one-step error is shown "
+                        "to suffer at any sparsity.")]
     (low, high), sparsity, ends = first
     edge = low > 2 ** (bands // 2)
     worst, least = (pick(known[-1][1], key=lambda e: e[0]) for pick in (max, min))
-    told = (f"Pruned by {criterion}, the error of k = {low} to {high} gives way first, at {100 * sparsity:.0f} % removed "
-            f"({percents(ends)} % against the control); at {100 * known[-1][0]:.0f} % the octaves suffer between {percents(least)} and {percents(worst)} %.")
-    return [Finding("holds" if edge else "fails", "belief", f"“{claim}”: {'holds' if edge else 'fails'} here. {told}")]
+    told = (f"Pruned by {criterion}, the error of k = {low} to {high} gives way first, at "
+            f"{100 * sparsity:.0f} % removed ({percents(ends)} % against the control); at "
+            f"{100 * known[-1][0]:.0f} % the octaves suffer between {percents(least)} and {percents(worst)} %.")
+    return [Finding("holds" if edge else "fails", "belief",
+                    f"“{claim}”: {'holds' if edge else 'fails'} here. {told}")]
 
 # %% ../../nbs/study/15_findings.ipynb #eefe9fb1
 def climates(study: Study) -> list[Finding]:
@@ -282,15 +321,20 @@ def climates(study: Study) -> list[Finding]:
     ask = lambda p, level: change(p, study.controls, "climate distance", False, level)
     if found := loudest(pruned, ask):
         point, ends, asked, _ = found
-        word = {"more": "is further from the truth's", "less": "is closer to it", "open": "is not shown to differ"}[shown(ends)]
-        said.append(Finding({"more": "worse", "less": "better", "open": "unknown"}[shown(ends)], "study",
-                            f"Of {asked} climates that of {point.label} is furthest from its control's, and {word}: "
-                            f"{_number(ends)} in units of what chance makes of the truth ({_seeds(ends[3])}, widened for the choice)."))
+        word = {"more": "is further from the truth's", "less": "is closer to it",
+                "open": "is not shown to differ"}[shown(ends)]
+        said.append(Finding({"more": "worse", "less": "better", "open": "unknown"}[shown(ends)],
+                            "study",
+                            f"Of {asked} climates that of {point.label} is furthest from its control's, "
+                            f"and {word}: {_number(ends)} in units of what chance makes of the truth "
+                            f"({_seeds(ends[3])}, widened for the choice)."))
     rolled = [(p, v) for p in study.points for v in p.values("blow-ups").values()]
     if rolled:
         blown = sorted({p.label for p, v in rolled if v > 0})
-        told = f"blown up: {', '.join(blown[:6])}" + " and more" * (len(blown) > 6) if blown else "none has blown up"
-        said.append(Finding("worse" if blown else "none", "study", f"Of {len(rolled)} models that were rolled out for long, {told}."))
+        named = f"blown up: {', '.join(blown[:6])}" + " and more" * (len(blown) > 6)
+        told = named if blown else "none has blown up"
+        said.append(Finding("worse" if blown else "none", "study",
+                            f"Of {len(rolled)} models that were rolled out for long, {told}."))
     return said
 
 
@@ -304,15 +348,20 @@ def masks_agree(study: Study) -> list[Finding]:
     if not study.agreements:
         return []
     most, least = (pick(study.agreements, key=lambda row: row["agreement"]) for pick in (max, min))
-    tell = lambda row: f"{row['a']} and {row['b']} {percents((row['agreement'], row['low'], row['high']), '')} %"
-    return [Finding("note", "study", f"What masks keep alike, 0 for chance and 100 % for one within the other: from {tell(least)} to {tell(most)}, "
+    ends = lambda row: percents((row["agreement"], row["low"], row["high"]), "")
+    tell = lambda row: f"{row['a']} and {row['b']} {ends(row)} %"
+    return [Finding("note", "study",
+                    "What masks keep alike, 0 for chance and 100 % for one within the other: "
+                    f"from {tell(least)} to {tell(most)}, "
                     f"of {len(study.agreements)} pairs.")]
 
 # %% ../../nbs/study/15_findings.ipynb #bf09979a
 def study_findings(study: Study) -> list[Finding]:
-    "All of it, what it is and how far one can go first."
-    said = [*what_it_is(study), *how_far(study), *removed_is_fast(study), *climates(study), *masks_agree(study)]
-    said += [*zeros_are_fast(study), pruning_improves(study), beats_small(study), *criteria_beliefs(study)]
+    "All of it, how far one can go first."
+    said = [*how_far(study), *what_it_is(study), *removed_is_fast(study), *climates(study),
+            *masks_agree(study)]
+    said += [*zeros_are_fast(study), pruning_improves(study), beats_small(study),
+             *criteria_beliefs(study)]
     return said + [*teacher_helps(study), *eaten_scales(study)]
 
 # %% ../../nbs/study/15_findings.ipynb #1bc829b9
@@ -321,19 +370,22 @@ def rival_table(study: Study) -> Table:
     rows = [{"": point.label, "speed-up": f"{1 / point.summary('latency')[0]:.2f}×",
              "horizon against a dense model of its latency (%)": percents(ends), "seeds": ends[3]}
             for point, ends in study.rivals if not hollow(point)]
-    return unbroken(rows, "Against small dense models of equal latency, trained from scratch [95 % interval over seeds]")
+    return unbroken(rows,
+                    "Against dense models of equal latency, trained from scratch [95 % interval]")
 
 
 def study_tables(study: Study) -> dict[str, Table]:
     "The tables of a study by name; those that would be empty are left out."
     tables = {"skill": skill_rows(study.points, study.entries), "cost": cost_rows(study.points)}
-    tables |= {"climate": climate_rows(study.points), "sustained": sustained_table(study.points, study.controls)}
+    tables |= {"climate": climate_rows(study.points),
+               "sustained": sustained_table(study.points, study.controls)}
     tables |= {f"ranking, {one.title}": ranking_table(one, found) for one, found in study.contests}
     tables |= {"rivals": rival_table(study), "masks": agreement_table(study.agreements)}
     return {name: table for name, table in tables.items() if table.rows}
 
 # %% ../../nbs/study/15_findings.ipynb #a28f05a1
-MEASURED = ("horizon", "horizon ω", "one-step VRMSE", "climate distance", "blow-ups", "remaining", "parameters",
+MEASURED = ("horizon", "horizon ω", "one-step VRMSE", "climate distance", "blow-ups", "remaining",
+            "parameters",
             "FLOPs", "bytes", "latency", "milliseconds")
 
 
@@ -342,14 +394,18 @@ def study_json(study: Study, said: Sequence[Finding]) -> dict:
     names = ("value", "low", "high")
     points = []
     for point in study.points:
-        known = {name: dict(zip(names, point.summary(name))) for name in MEASURED if point.values(name)}
+        known = {name: dict(zip(names, point.summary(name))) for name in MEASURED
+                 if point.values(name)}
         about = {name: value for name, value in point.about.items() if value not in ("", None)}
         runs = {str(seed): f"{e.run}/{e.checkpoint}" for seed, e in point.entries.items()}
-        points.append({"label": point.label, "family": point.family, "about": about, "models": runs, "measures": known})
+        points.append({"label": point.label, "family": point.family, "about": about,
+                       "models": runs, "measures": known})
         ends = change(point, study.controls, "horizon", True)
         points[-1] |= {"change from control": dict(zip((*names, "pairs"), ends))} if ends[3] else {}
-    tables = {name: {"caption": table.caption, "rows": table.rows} for name, table in study_tables(study).items()}
-    findings = [{"mark": part.mark, "about": part.about, "sentence": part.sentence} for part in said]
+    tables = {name: {"caption": table.caption, "rows": table.rows} for name,
+              table in study_tables(study).items()}
+    findings = [{"mark": p.mark, "sign": SIGNS[p.mark], "about": p.about, "sentence": p.sentence}
+                for p in said]
     return {"points": points, "tables": tables, "findings": findings}
 
 # %% ../../nbs/study/15_findings.ipynb #e408fc6b
@@ -363,7 +419,9 @@ def featured(study: Study, most: int = 8) -> list[Entry]:
         known = [p for p in study.family(name) if p.values("horizon") and not p.about["masked"]]
         if known:
             chosen.append(max(known, key=lambda p: p.summary("horizon")[0]))
-            cheap = lambda p: (p.summary("latency")[0] if p.values("latency") and name != "pruned" else 0.0, p.left)
+            timed = lambda p: p.values("latency") and name != "pruned"
+            slow = lambda p: p.summary("latency")[0] if timed(p) else 0.0
+            cheap = lambda p: (slow(p), round(p.left, 3), -p.summary("horizon")[0])
             chosen.append(min(known, key=cheap))
     seed = min(study.reference.entries) if study.reference else 0
     found = [p.entries.get(seed, next(iter(p.entries.values()))) for p in dict.fromkeys(chosen)]

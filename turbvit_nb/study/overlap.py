@@ -84,18 +84,21 @@ class Agreement:
 
 
 def agreement(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Agreement:
-    "The overlap by layer and over all; a layer whose pieces are those of an earlier one is counted once."
+    "The overlap by layer and over all; layers that lose the same pieces are counted once."
     layers, seen = {}, set()
-    for name in [name for name in mine if name in theirs and mine[name].shape == theirs[name].shape]:
+    for name in [name for name in mine if name in theirs
+                 and mine[name].shape == theirs[name].shape]:
         pair = pieces(mine[name], theirs[name])
         told = tuple(part.numpy().tobytes() for part in pair)
         if told not in seen or pair[0].numel() == mine[name].numel():
             layers[name] = overlap(*pair)
         seen.add(told)
     add = lambda of: sum(of(one) for one in layers.values())
-    above, room = add(lambda o: o.both - o.expected), add(lambda o: min(o.mine, o.theirs) - o.expected)
+    above, room = add(lambda o: o.both - o.expected), add(lambda o: min(o.mine,
+                                                                        o.theirs) - o.expected)
     deviation, most = math.sqrt(add(lambda o: o.variance)), add(lambda o: min(o.mine, o.theirs))
-    return Agreement(layers, above / room if room > 1e-9 else math.nan, above / deviation if deviation else math.nan,
+    return Agreement(layers, above / room if room > 1e-9 else math.nan, above / deviation
+                     if deviation else math.nan,
                      add(lambda o: o.both) / most if most else math.nan)
 
 # %% ../../nbs/study/14_overlap.ipynb #faafb094
@@ -109,12 +112,15 @@ def read_masks(checkpoint: Path) -> dict[str, Tensor] | None:
 
 def _masks(entry: Entry | None) -> dict[str, Tensor] | None:
     "The masks of an entry."
-    return entry and entry.folder and read_masks(entry.folder / "checkpoints" / f"{entry.checkpoint}.tar")
+    if entry is None or entry.folder is None:
+        return None
+    return read_masks(entry.folder / "checkpoints" / f"{entry.checkpoint}.tar")
 
 
 def _rivals(points: Sequence[Point]) -> list[tuple[Point, Point]]:
     "Pairs of points that pruned as much by the same unit and differ in criterion or flow."
-    pruned = [p for p in points if p.family == "pruned" and all(e.role == "pruned" for e in p.entries.values())]
+    pruned = [p for p in points if p.family == "pruned"
+              and all(e.role == "pruned" for e in p.entries.values())]
     alike = lambda a, b: a.about["unit"] == b.about["unit"] and abs(a.left - b.left) < 0.005
     flow = lambda p: recipe_keys(next(iter(p.entries.values()))).get("train_dataset.data_dir")
     differ = lambda a, b: a.about["criterion"] != b.about["criterion"] or flow(a) != flow(b)
@@ -122,20 +128,24 @@ def _rivals(points: Sequence[Point]) -> list[tuple[Point, Point]]:
 
 # %% ../../nbs/study/14_overlap.ipynb #1900998d
 def agreements(points: Sequence[Point]) -> list[dict]:
-    "The agreement of every pair of points whose masks are there: names, mean and interval over seeds, the least z."
+    "The agreement of every pair of points whose masks are there, mean over seeds and the least z."
     rows = []
     for a, b in _rivals(points):
         pairs = [(_masks(entry), _masks(b.entries.get(seed))) for seed, entry in a.entries.items()]
         found = [agreement(*pair) for pair in pairs if None not in pair]
         if found:
             mean, low, high = over_seeds(one.agreement for one in found)
-            rows.append({"a": a.label, "b": b.label, "left": a.left, "agreement": mean, "low": low, "high": high,
+            rows.append({"a": a.label, "b": b.label, "left": a.left, "agreement": mean, "low": low,
+                         "high": high,
                          "z": min(one.z for one in found), "seeds": len(found)})
     return rows
 
 
 def agreement_table(rows: Sequence[Mapping]) -> Table:
     "The agreements as a table."
-    told = [{"": f"{row['a']} and {row['b']}", "agreement (%)": percents((row["agreement"], row["low"], row["high"]), ""),
+    told = [{"": f"{row['a']} and {row['b']}",
+             "agreement (%)": percents((row["agreement"], row["low"], row["high"]), ""),
              "above chance (σ)": f"{row['z']:.1f}", "seeds": row["seeds"]} for row in rows]
-    return unbroken(told, "What two masks keep alike, layer by layer: 0 is chance, 100 % one within the other [95 % interval over seeds]")
+    return unbroken(told,
+                    "What two masks keep alike, layer by layer: 0 is chance, 100 % one within the other "
+                    "[95 % interval over seeds]")

@@ -6,14 +6,15 @@
 __all__ = ['FAMILY_COLOURS', 'LABELLED', 'on_front', 'rival_at', 'against_rivals', 'hollow', 'pareto_figure', 'promised',
            'promise_figure']
 
-# %% ../../nbs/study/11_pareto.ipynb #d9ef729d
+# %% ../../nbs/study/11_pareto.ipynb #7d99344a
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import holoviews as hv
 import numpy as np
 
 from ..lab.plots import COLOURS, THRESHOLD
+from .entries import Entry
 from .points import FAMILIES, MEASURES, Point, over_seeds
 
 # %% ../../nbs/study/11_pareto.ipynb #9fd8d1a1
@@ -49,22 +50,27 @@ def rival_at(
 def against_rivals(
     point: Point,
     rivals: Sequence[Point],  # dense ones
+    partners: Mapping[Entry, Entry] = {},  # one more rival of an entry: its control
     measure: str = "horizon",
     cost: str = "latency",
     level: float = 0.95,
 ) -> tuple[float, float, float, int]:
-    "Mean over seeds of a measure over that of a dense model of equal cost and seed, less 1; its interval; and the pairs."
+    "Mean over seeds of a measure over that of a dense model of equal cost, less 1; interval; pairs."
     more, apart = MEASURES[measure].more, []
     for seed, value in point.values(measure).items():
-        known = [(p.values(cost).get(seed), p.values(measure).get(seed)) for p in rivals]
-        usable = [pair for pair in known if None not in pair]
+        known = [(p.values(cost).get(seed, math.nan), p.values(measure).get(seed, math.nan))
+                 for p in rivals]
+        if (own := partners.get(point.entries[seed])) is not None:
+            known.append((MEASURES[cost].of(own), MEASURES[measure].of(own)))
+        usable = [pair for pair in known if all(map(math.isfinite, pair))]
         theirs = rival_at(point.values(cost).get(seed, math.nan), usable, more)
         apart.append(value / theirs - 1)
     apart = [value for value in apart if math.isfinite(value)]
     return *over_seeds(apart, level), len(apart)
 
 # %% ../../nbs/study/11_pareto.ipynb #e45d750f
-FAMILY_COLOURS = dict(zip(("dense", "pruned", "control", "distilled", "deployed", "small dense"), COLOURS))
+FAMILY_COLOURS = dict(zip(("dense", "pruned", "control", "distilled", "deployed", "small dense"),
+                          COLOURS))
 _MARKERS = dict(zip(FAMILIES, "sDovP*"))
 
 
@@ -76,7 +82,8 @@ def hollow(point: Point) -> bool:
 def _bar(x: float, ends: Sequence[float], colour: str) -> list:
     "An interval as a vertical line; nothing where there is none."
     known = math.isfinite(ends[1] + ends[2])
-    return [hv.Path([[(x, ends[1]), (x, ends[2])]]).opts(color=colour, linewidth=1.2, alpha=0.6)] if known else []
+    return [hv.Path([[(x, ends[1]), (x, ends[2])]]).opts(color=colour, linewidth=1.2,
+                                                         alpha=0.6)] if known else []
 
 
 def _dots(points: Sequence[Point], xs: Sequence[float], ys: Sequence[float]) -> list:
@@ -85,10 +92,12 @@ def _dots(points: Sequence[Point], xs: Sequence[float], ys: Sequence[float]) -> 
     for point, x, y in zip(points, xs, ys):
         layers.setdefault((point.family, hollow(point)), []).append((x, y))
     parts = []
-    for (name, empty), dots in sorted(layers.items(), key=lambda item: (FAMILIES.index(item[0][0]), item[0][1])):
+    for (name, empty), dots in sorted(layers.items(),
+                                      key=lambda item: (FAMILIES.index(item[0][0]), item[0][1])):
         colour, label = FAMILY_COLOURS[name], f"{name}, zeros multiplied" if empty else name
         drawn = hv.Scatter(dots, "x", "y", label=label)
-        parts.append(drawn.opts(color="white" if empty else colour, edgecolors=colour, marker=_MARKERS[name], s=42))
+        parts.append(drawn.opts(color="white" if empty else colour, edgecolors=colour,
+                                marker=_MARKERS[name], s=42))
     return parts
 
 # %% ../../nbs/study/11_pareto.ipynb #1e2dfbb4
@@ -99,7 +108,8 @@ def _names(points: Sequence[Point], xs: np.ndarray, ys: np.ndarray) -> list:
     "The names of the points, where there are few."
     if len(points) > LABELLED:
         return []
-    text = lambda point, x, y: hv.Text(x, y, f" {point.label}", halign="left", valign="bottom", fontsize=7)
+    text = lambda point, x, y: hv.Text(x, y, f" {point.label}", halign="left", valign="bottom",
+                                       fontsize=7)
     return [text(*one).opts(color="#444444") for one in zip(points, xs, ys)]
 
 
@@ -110,18 +120,23 @@ def pareto_figure(
     title: str = "",
     **axes,
 ) -> hv.Overlay:
-    "A measure against a cost, a point each, means over seeds with intervals, and the front as a grey line."
+    "A measure against a cost, means over seeds with intervals, and the front as a dotted line."
     known = [point for point in points if point.values(measure) and point.values(cost)]
     about, ends = MEASURES[measure], [point.summary(measure) for point in known]
-    xs, ys = np.array([point.summary(cost)[0] for point in known]), np.array([one[0] for one in ends])
+    xs = np.array([point.summary(cost)[0] for point in known])
+    ys = np.array([one[0] for one in ends])
     front = on_front(xs, ys, about.more)
     order = np.flatnonzero(front)[np.argsort(xs[front])]
-    line = hv.Curve((xs[order], ys[order]), "x", "y").opts(color="#aaaaaa", linewidth=1.2, linestyle=":")
-    parts = [line, *(bar for p, x, one in zip(known, xs, ends) for bar in _bar(x, one, FAMILY_COLOURS[p.family]))]
+    line = hv.Curve((xs[order], ys[order]), "x", "y").opts(color="#aaaaaa", linewidth=1.2,
+                                                           linestyle=":")
+    parts = [line, *(bar for p, x, one in zip(known, xs, ends)
+                     for bar in _bar(x, one, FAMILY_COLOURS[p.family]))]
     parts += _dots(known, xs, ys) + _names([known[i] for i in order], xs[order], ys[order])
-    unit = lambda name: f"{name} ({MEASURES[name].unit})" if MEASURES[name].unit not in ("", name) else name
-    look = {"logx": True, "xlabel": unit(cost), "ylabel": unit(measure), "aspect": 1.4, "fig_inches": 4.4}
-    look |= {"title": title or f"{measure} against {cost}", "legend_position": "right", "fontsize": {"legend": 8}}
+    unit = lambda name: f"{name} ({of})" if (of := MEASURES[name].unit) not in ("", name) else name
+    look = {"logx": True, "xlabel": unit(cost), "ylabel": unit(measure), "aspect": 1.4,
+            "fig_inches": 4.4}
+    look |= {"title": title or f"{measure} against {cost}", "legend_position": "right",
+             "fontsize": {"legend": 8}}
     return hv.Overlay(parts).opts(**(look | {"padding": 0.08} | axes))
 
 # %% ../../nbs/study/11_pareto.ipynb #faa47919
@@ -132,13 +147,15 @@ def promised(point: Point, reference: Point) -> float:
 
 
 def promise_figure(points: Sequence[Point], reference: Point, **axes) -> hv.Overlay:
-    "Measured latency against the share of multiplications that are left; on the dashed line a promise is kept."
+    "Measured latency against the multiplications left; on the dashed line a promise is kept."
     known = [p for p in points if p.values("latency") and math.isfinite(p.summary("FLOPs")[0])]
     xs = [promised(point, reference) for point in known]
     ys = [point.summary("latency")[0] for point in known]
     least = min([0.1, *xs, *ys])
     diagonal = hv.Curve([(least, least), (1, 1)], "x", "y").opts(**THRESHOLD)
-    look = {"logx": True, "logy": True, "xlabel": "multiplications left, without zeros (of the dense model's)", "padding": 0.08}
-    look |= {"ylabel": "latency (of the dense model's)", "title": "promise and measurement", "aspect": 1.4}
+    look = {"logx": True, "logy": True,
+            "xlabel": "multiplications left, without zeros (of the dense model's)", "padding": 0.08}
+    look |= {"ylabel": "latency (of the dense model's)", "title": "promise and measurement",
+             "aspect": 1.4}
     look |= {"fig_inches": 4.4, "legend_position": "right", "fontsize": {"legend": 8}}
     return hv.Overlay([diagonal, *_dots(known, xs, ys)]).opts(**(look | axes))

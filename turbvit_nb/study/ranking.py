@@ -44,7 +44,8 @@ class Contest:
     @property
     def seeds(self) -> list[int]:
         "Those that all criteria have scores of."
-        scored = [{s for s, e in p.entries.items() if e.scores is not None} for p in self.points.values()]
+        scored = [{s for s, e in p.entries.items() if e.scores is not None}
+                  for p in self.points.values()]
         return sorted(set.intersection(*scored))
 
 
@@ -62,18 +63,21 @@ def contests(points: Sequence[Point]) -> list[Contest]:
 
 # %% ../../nbs/study/13_ranking.ipynb #5ac62857
 def _curves(contest: Contest) -> tuple[torch.Tensor, np.ndarray, int]:
-    "ACC of u (starts, criteria, seeds, leads), the lead times, and how many starts are drawn together."
+    "ACC of u (starts, criteria, seeds, leads), lead times, and how many starts are drawn together."
     entries = [[point.entries[seed] for seed in contest.seeds] for point in contest.points.values()]
     scores = [[e.scores for e in row] for row in entries]
-    pick = lambda data: data.acc.sel(forecast="emulator", field="u").transpose("start", "lead").values
+    pick = lambda data: data.acc.sel(forecast="emulator", field="u").transpose("start",
+                                                                               "lead").values
     each = np.stack([np.stack([pick(data) for data in row], 1) for row in scores], 1)
-    return torch.from_numpy(each.astype(float)), scores[0][0].lead_time.values, start_block(scores[0][0])
+    first = scores[0][0]
+    return torch.from_numpy(each.astype(float)), first.lead_time.values, start_block(first)
 
 
 def comparable(contest: Contest) -> bool:
-    "Whether there is a seed that all have, and all were scored from the same starts at the same leads."
+    "Whether there is a seed that all have, and all were scored from the same starts and leads."
     some = [p.entries[seed].scores for p in contest.points.values() for seed in contest.seeds]
-    return bool(some) and all(same_starts(some[0], one) and some[0].lead.equals(one.lead) for one in some)
+    return bool(some) and all(same_starts(some[0], one) and some[0].lead.equals(one.lead)
+                              for one in some)
 
 
 def drawn_horizons(
@@ -83,11 +87,14 @@ def drawn_horizons(
 ) -> np.ndarray:
     "Horizons (resamples, criteria) in time units, means over the drawn seeds."
     each, times, block = _curves(contest)
-    drawn = block_replicates(each, None, block, resamples) if len(each) >= 2 * block else each.mean(0)[None]
-    found = horizon(drawn, threshold, torch.from_numpy(times)).clamp(max=times[-1]).numpy()  # (…, criteria, seeds)
+    drawn = block_replicates(each, None, block,
+                             resamples) if len(each) >= 2 * block else each.mean(0)[None]
+    found = horizon(drawn, threshold,
+                    torch.from_numpy(times)).clamp(max=times[-1]).numpy()  # (…, criteria, seeds)
     n, rng = found.shape[-1], np.random.default_rng(0)
     found = np.broadcast_to(found, (resamples, *found.shape[1:]))
-    chosen = rng.integers(n, size=(resamples, max(1, n - 1))) if n > 1 else np.zeros((resamples, 1), int)
+    chosen = rng.integers(n, size=(resamples, max(1, n - 1))) if n > 1 else np.zeros((resamples,
+                                                                                      1), int)
     return np.take_along_axis(found, chosen[:, None, :].repeat(found.shape[1], 1), 2).mean(2)
 
 # %% ../../nbs/study/13_ranking.ipynb #a3726abe
@@ -103,14 +110,16 @@ class Ranked:
     behind: tuple[float, float, float, int]  # of the horizon from the first one's, relative
 
 
-def ranking(contest: Contest, partners: Mapping[Entry, Entry], resamples: int = 1000) -> list[Ranked]:
+def ranking(contest: Contest, partners: Mapping[Entry, Entry],
+            resamples: int = 1000) -> list[Ranked]:
     "The criteria by their mean horizon, the best first."
     drawn, names = drawn_horizons(contest, resamples), list(contest.points)
     places = np.stack([stats.rankdata(-row, method="min") for row in drawn])
     first = drawn == drawn.max(1, keepdims=True)
     won = (first / first.sum(1, keepdims=True)).mean(0)
     of = MEASURES["horizon"].of
-    mean = {name: np.mean([of(p.entries[seed]) for seed in contest.seeds]) for name, p in contest.points.items()}
+    mean = {name: np.mean([of(p.entries[seed]) for seed in contest.seeds]) for name,
+            p in contest.points.items()}
     order = sorted(names, key=mean.get, reverse=True)
     winner = contest.points[order[0]].entries
     rows = []
@@ -119,7 +128,8 @@ def ranking(contest: Contest, partners: Mapping[Entry, Entry], resamples: int = 
         ends = tuple(int(v) for v in np.quantile(places[:, i], (0.025, 0.975), method="nearest"))
         rivals = {e: winner[seed] for seed, e in point.entries.items() if seed in winner}
         behind = change(point, rivals, "horizon", True)
-        rows.append(Ranked(name, rank, ends, float(won[i]), change(point, partners, "horizon", True), behind))
+        rows.append(Ranked(name, rank, ends, float(won[i]),
+                           change(point, partners, "horizon", True), behind))
     return rows
 
 # %% ../../nbs/study/13_ranking.ipynb #13a4e308
@@ -134,11 +144,14 @@ def ranking_table(contest: Contest, ranked: Sequence[Ranked]) -> Table:
     "A ranking as a table."
     rows = []
     for one in ranked:
-        places = f"{one.rank}" if one.ranks[0] == one.ranks[1] == one.rank else f"{one.rank} [{one.ranks[0]}, {one.ranks[1]}]"
-        rows.append({"": one.criterion, "rank": places, "first in": f"{100 * one.best:.0f} % of draws",
+        sure = one.ranks == (one.rank, one.rank)
+        places = f"{one.rank}" + ("" if sure else f" [{one.ranks[0]}, {one.ranks[1]}]")
+        rows.append({"": one.criterion, "rank": places,
+                     "first in": f"{100 * one.best:.0f} % of draws",
                      "horizon, change from control (%)": percents(one.change),
                      "behind the first (%)": "" if one.rank == 1 else percents(one.behind)})
-    return unbroken(rows, f"{contest.title}: criteria by the mean horizon of {len(contest.seeds)} seeds [95 % interval]")
+    return unbroken(rows,
+                    f"{contest.title}: by the mean horizon of {len(contest.seeds)} seeds [95 % interval]")
 
 # %% ../../nbs/study/13_ranking.ipynb #7fe0a26d
 def crossing(
@@ -146,7 +159,7 @@ def crossing(
     loss: Sequence[float],
     allowed: float = 0.02,
 ) -> tuple[float, bool]:
-    "Where the loss first passes what is allowed, from (0, 0) on straight lines; and whether it did."
+    "Where the loss first passes what is allowed, on straight lines from (0, 0); whether it did."
     x, y = [0.0, *sparsity], [0.0, *loss]
     for i in range(1, len(x)):
         if y[i] > allowed:
@@ -170,13 +183,14 @@ def sustained(
     of: str = "remaining",  # what is removed: of the weights, or of the FLOPs of the partner
     allowed: float = 0.02,
 ) -> Sustained:
-    "The highest sparsity, or share of FLOPs, at which the horizon is within `allowed` of the control's."
+    "The highest sparsity, or share of FLOPs, with the horizon within `allowed` of the control's."
     take, reach = MEASURES[of].of, MEASURES["horizon"].of
     gone = lambda e: 1 - take(e) / (take(partners[e]) if of == "FLOPs" else 1.0)
     seeds, crossings, within = sorted({seed for point in row for seed in point.entries}), [], 0.0
     for seed in seeds:
         mine = [p.entries[seed] for p in row if seed in p.entries and p.entries[seed] in partners]
-        known = sorted((gone(e), 1 - reach(e) / reach(partners[e])) for e in mine if e.scores is not None)
+        known = sorted((gone(e), 1 - reach(e) / reach(partners[e])) for e in mine
+                       if e.scores is not None)
         known = [pair for pair in known if all(map(math.isfinite, pair))]
         crossings += [crossing(*zip(*known), allowed)] if known else []
     for point in sorted(row, key=lambda p: -p.left):
@@ -189,7 +203,7 @@ def sustained(
 
 # %% ../../nbs/study/13_ranking.ipynb #9b5cb42f
 def rows_of(points: Sequence[Point]) -> dict[tuple[str, str, bool], list[Point]]:
-    "The pruned points of every criterion, unit and way of training, the most left first; masked twins left out where the model is smaller."
+    "The pruned points by criterion, unit and teacher, the most left first; smaller models go before twins."
     found = {}
     for point in points:
         about = point.about
@@ -201,7 +215,8 @@ def rows_of(points: Sequence[Point]) -> dict[tuple[str, str, bool], list[Point]]
     return found
 
 # %% ../../nbs/study/13_ranking.ipynb #d1261dbd
-def sustained_table(points: Sequence[Point], partners: Mapping[Entry, Entry], allowed: float = 0.02) -> Table:
+def sustained_table(points: Sequence[Point], partners: Mapping[Entry, Entry],
+                    allowed: float = 0.02) -> Table:
     "How much each criterion and unit may remove, of the weights and of the FLOPs."
     rows = []
     for (criterion, unit, taught), row in rows_of(points).items():
@@ -209,17 +224,21 @@ def sustained_table(points: Sequence[Point], partners: Mapping[Entry, Entry], al
         for of, name in (("remaining", "weights (%)"), ("FLOPs", "FLOPs (%)")):
             one = sustained(row, partners, of, allowed)
             cells |= {name: ("≥ " * one.bound + percents(one.removed, "")) if one.seeds else "–"}
-            cells |= {"shown (%)": f"{100 * one.shown:.0f}" if one.shown else "none"} if of == "remaining" else {}
+            cells |= {"shown (%)": f"{100 * one.shown:.0f}" if one.shown
+                      else "none"} if of == "remaining" else {}
         rows.append(cells)
-    return unbroken(rows, f"Removed within {100 * allowed:g} % of the control's horizon, mean over seeds [95 % interval]; shown: "
-                    "the most at which the interval of the loss lies within; FLOPs count zeros as well")
+    return unbroken(rows,
+                    f"Removed within {100 * allowed:g} % of the control's horizon, mean over seeds "
+                    "[95 % interval]; shown: the most at which the interval of the loss lies within")
 
 # %% ../../nbs/study/13_ranking.ipynb #180f1c6f
-def criteria_figure(points: Sequence[Point], partners: Mapping[Entry, Entry], unit: str = "weight", allowed: float = 0.02, **axes) -> hv.Overlay:
-    "Change of the horizon from the control against what is removed, a line with its interval for each criterion."
+def criteria_figure(points: Sequence[Point], partners: Mapping[Entry, Entry], unit: str = "weight",
+                    allowed: float = 0.02, **axes) -> hv.Overlay:
+    "Change of the horizon from the control against what is removed, a line for each criterion."
     lines, bands = {}, {}
     for (criterion, of, taught), row in rows_of(points).items():
-        found = [(100 * (1 - point.left), *change(point, partners, "horizon", True)[:3]) for point in row]
+        found = [(100 * (1 - point.left), *change(point, partners, "horizon", True)[:3])
+                 for point in row]
         found = [one for one in found if math.isfinite(one[1])]
         if of != unit or not found:
             continue
@@ -228,4 +247,5 @@ def criteria_figure(points: Sequence[Point], partners: Mapping[Entry, Entry], un
         if np.isfinite(low).all():
             bands[name] = 100 * low, 100 * high
     look = {"title": f"criteria, unit {unit}", "bands": bands, "level": -100 * allowed}
-    return curves(lines, "removed (% of the weights)", "horizon, change from the control (%)", **(look | axes))
+    return curves(lines, "removed (% of the weights)", "horizon, change from the control (%)",
+                  **(look | axes))
