@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from .config import LabError
-from .runs import Run, read_checkpoint
+from .runs import Run, owner_of, read_checkpoint
 
 # %% ../../nbs/lab/03_checkpoints.ipynb #8b5185fe
 ROLES = (
@@ -126,15 +126,6 @@ def results_in(
         raise LabError(f"no checkpoint {', '.join(missing)} in {folder}; it holds {there}")
     return {name: identify(files[name]) for name in wanted}
 
-# %% ../../nbs/lab/03_checkpoints.ipynb #0523de21
-def _owner(path: Path) -> tuple[str, str] | None:
-    "Id and name of the run that wrote a checkpoint, if it says so and can be read."
-    try:
-        state = read_checkpoint(path, mmap=True)
-    except LabError:
-        return None
-    return (state["run_id"], state["run_name"]) if "run_id" in state else None
-
 # %% ../../nbs/lab/03_checkpoints.ipynb #4a4abd30
 def check_owner(
     run: Run,  # open
@@ -146,7 +137,7 @@ def check_owner(
     begun = run.stage_status.get("wrote") or run.metrics(run.stage)
     files = (path for pattern in patterns for path in run.checkpoints.glob(f"{pattern}.tar"))
     for path in sorted(files):
-        owner = _owner(path)
+        owner = owner_of(path)
         if not (begun if owner is None else owner[0] == run.id):
             same = owner and owner[1] == run.path.name
             named = f"{'an earlier ' if same else ''}run {owner[1]}" if owner else "another run"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'atomic', 'earlier', 'result_file', 'write_checkpoint', 'read_checkpoint', 'Lock', 'locked',
-           'seed_everything', 'resolve_device', 'stages', 'read_metrics', 'Stopped', 'Run', 'how_to_resume', 'plan_run',
-           'open_run']
+           'seed_everything', 'resolve_device', 'stages', 'find_runs', 'read_metrics', 'Stopped', 'Run',
+           'how_to_resume', 'history', 'owner_of', 'check_joins', 'plan_run', 'open_run']
 
 # %% ../../nbs/lab/02_runs.ipynb #1010a2f3
 import atexit
@@ -36,7 +36,7 @@ from fastcore.basics import patch
 from IPython import get_ipython
 
 from .config import Config, LabError, code_version, disk_trouble, find_config, in_one_line
-from .config import is_users, load_config, load_ipython_extension, registry, run_folder
+from .config import is_users, load_config, load_ipython_extension, registry, run_folder, runs_dir
 from .progress import note
 
 # %% ../../nbs/lab/02_runs.ipynb #f5fca43d
@@ -271,6 +271,14 @@ def stages(
             entry["stale"] = newer
     return entries
 
+# %% ../../nbs/lab/02_runs.ipynb #8cb941a7
+def find_runs(
+    folder: Path | None = None,  # default: `runs_dir()`
+) -> list[Path]:
+    "The run folders in `folder` and one level below, by name."
+    folder = Path(folder or runs_dir())
+    return sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/status.json"))
+
 # %% ../../nbs/lab/02_runs.ipynb #6b2b2ff0
 def read_metrics(
     folder: str | os.PathLike,  # a run folder
@@ -392,6 +400,15 @@ def _counts(
     if entry.get("wrote") or entry["state"] in ("running", "done"):
         return True
     return "opened" in entry and _left_something(folder, entry["opened"])
+
+
+def history(
+    folder: Path,  # of a run, which may not be there yet
+) -> dict[str, dict]:  # by stage, see `stages`
+    "The stages whose settings hold for the run from now on."
+    if not (folder / "config.toml").exists():
+        return {}
+    return {name: entry for name, entry in stages(folder).items() if _counts(folder, entry)}
 
 
 @patch
@@ -576,11 +593,11 @@ _FREE = {"output_dir", "run", "checkpoint_file", "device", "threads", "wandb_id"
 def _merge(
     folder: Path,  # of the run to join
     config: Config,  # of the joining stage
-    history: dict[str, dict],  # the stages that count
+    done: dict[str, dict],  # the stages that count
 ) -> Config:  # for both
     "The run's config with the joining stage's keys. Raises `LabError` where history contradicts."
     old = load_config(folder)
-    users = {name: stage for stage, entry in history.items() for name in entry.get("used", [])}
+    users = {name: stage for stage, entry in done.items() for name in entry.get("used", [])}
     merged, resolved = old.to_dict(), config.to_dict()
     remedy = "leave it out, or give another output_dir"
     for name, said in config.to_dict(explicit=True).items():
@@ -600,6 +617,17 @@ def _merge(
     return both
 
 # %% ../../nbs/lab/02_runs.ipynb #722a3d06
+def owner_of(
+    path: Path,  # of a checkpoint
+) -> tuple[str, str] | None:
+    "Id and name of the run that wrote a checkpoint, if it says so and can be read."
+    try:
+        state = read_checkpoint(path, mmap=True)
+    except LabError:
+        return None
+    return (state["run_id"], state["run_name"]) if "run_id" in state else None
+
+
 def _check_owner(
     folder: Path,  # of the run
     config: Config,
@@ -612,10 +640,9 @@ def _check_owner(
     place, own = run_folder(config.top.checkpoint_dir), _read_status(folder)
     remedy = "give each run a checkpoint_dir of its own, or leave it out"
     for path in sorted(place.glob("*.tar")):
-        state = read_checkpoint(path, mmap=True)
-        owner, holds = state.get("run_id"), f"checkpoint_dir = {place} holds {path.name} of"
-        if owner is not None and owner != own.get("id"):
-            raise LabError(f"{holds} the run {state['run_name']}; {remedy}")
+        owner, holds = owner_of(path), f"checkpoint_dir = {place} holds {path.name} of"
+        if owner is not None and owner[0] != own.get("id"):
+            raise LabError(f"{holds} the run {owner[1]}; {remedy}")
         if owner is None and path.stem == "last" and not own["stages"]:
             raise LabError(f"{holds} an earlier run; {remedy}")
 
@@ -631,12 +658,21 @@ def _place(
     folder = run_folder(name)
     if not (folder / "config.toml").exists():
         return folder, config
-    history = {name: entry for name, entry in stages(folder).items() if _counts(folder, entry)}
-    if stage in history:
-        state = f"already holds stage {stage} ({history[stage]['state']})"
+    done = history(folder)
+    if stage in done:
+        state = f"already holds stage {stage} ({done[stage]['state']})"
         resume = f"resume it with {how_to_resume(folder)}"
         raise LabError(f"{folder} {state}; {resume}, or give another output_dir")
-    return folder, _merge(folder, config, history) if history else config
+    return folder, _merge(folder, config, done) if done else config
+
+
+def check_joins(
+    folder: Path,  # of a run, which may not be there yet
+    config: Config,
+) -> None:
+    "Raise `LabError` where the stages that a run has been through were made with other settings."
+    if done := history(folder):
+        _merge(folder, config, done)
 
 # %% ../../nbs/lab/02_runs.ipynb #d86fce7b
 def plan_run(
