@@ -154,8 +154,10 @@ def _own_cost(emulator: Kind) -> dict[str, float]:
     "The same of a kind without a network of ours, which says in `facts` what its tensors do not."
     parameters, buffers = list(emulator.parameters()), list(emulator.buffers())
     held = sum(tensor.numel() * tensor.itemsize for tensor in [*parameters, *buffers])
-    counted = {"model": emulator.kind, "parameters": sum(p.numel() for p in parameters), "bytes": held}
-    return counted | dict(getattr(emulator, "facts", {}))
+    counted = {"model": emulator.kind, "parameters": sum(p.numel() for p in parameters)}
+    told = {name: getattr(emulator, name, None) for name in ("backend", "precision")}
+    told = {name: value for name, value in told.items() if isinstance(value, str)}
+    return counted | ({"bytes": held} if held else {}) | told | dict(getattr(emulator, "facts", {}))
 
 # %% ../../nbs/study/00_entries.ipynb #ea93110c
 def gather(
@@ -215,7 +217,7 @@ def _lacking(entry: Entry, folder: Path) -> list[str]:
     "What an entry lacks; fills in its cost where the checkpoint is there."
     checkpoint = folder / "checkpoints" / f"{entry.checkpoint}.tar"
     if checkpoint.exists():
-        entry.facts = cost(load_emulator(checkpoint))
+        entry.facts = {"bytes": checkpoint.stat().st_size} | cost(load_emulator(checkpoint))
     lacks = {"checkpoint (hence no cost)": not checkpoint.exists()}
     lacks |= {"short analysis": entry.scores is None, "long analysis": entry.climate is None}
     return [what for what, absent in lacks.items() if absent]

@@ -213,7 +213,8 @@ def features(entry: Entry, reference: Entry | None) -> dict:
         model = entry.setting.get("model", {})
         known = [str(model[key]) for key in ("embed_dim", "base_channels", "depth") if key in model]
         found["network"] = "×".join(known) or f"{short_count(entry.facts['parameters'])} parameters"
-    masked = entry.role == "pruned" and _removable(found.get("unit", "weight"))
+    twin = entry.role == "pruned" or (kind == "deployed" and (entry.identity.parent or "").startswith("prune"))
+    masked = twin and _removable(found.get("unit", "weight"))
     backend = {key: entry.facts.get(key, "") for key in ("backend",
                                                          "precision")} if kind == "deployed" else {}
     zeros = bool(found) and entry.role == "pruned"
@@ -228,7 +229,7 @@ def label_of(kind: str, about: Mapping, left: float) -> str:
     if kind == "small dense":
         return f"dense {about['network']}"
     unit = about.get("unit", "weight")
-    words = [about.get("criterion", ""), unit if unit != "weight" else ""]
+    words = [about.get("criterion", "") if about["stage"] else "dense", unit if unit != "weight" else ""]
     words += [f"{100 * left:.3g} %" if about["stage"] else ""]
     words += ["masked" if about["masked"] else "", "distilled" if about["taught"]
               or kind == "distilled" else ""]
@@ -426,7 +427,7 @@ def planted_study(seeds: int = 3, criteria: Mapping[str, float] = PLANTED) -> li
         entries.append(thin)
     return entries
 
-# %% ../../nbs/study/10_points.ipynb #631f54b3
+# %% ../../nbs/study/10_points.ipynb #5f6099a7
 def _cell(ends: Sequence[float], scale: float = 1.0, form: str = "") -> str:
     "A mean over seeds and its interval; – where it is not known."
     return "–" if math.isnan(ends[0]) else interval_text(*(scale * end for end in ends[:3]), form)
@@ -448,7 +449,7 @@ def skill_rows(points: Sequence[Point], entries: Sequence[Entry]) -> Table:
                     "Means over seeds [95 % interval over seeds]; "
                     "the climate distance is 1 where chance takes the truth itself")
 
-# %% ../../nbs/study/10_points.ipynb #c886fec8
+# %% ../../nbs/study/10_points.ipynb #aa7b9936
 def climate_rows(points: Sequence[Point]) -> Table:
     "What climate every point has, as far as it was rolled out for long."
     names = ["climate distance", "spectrum (decades)", "PDF of ω (σ)", "zonal flow (relative)",
@@ -461,7 +462,7 @@ def climate_rows(points: Sequence[Point]) -> Table:
                     "Climates: distances from the truth's, overlap of the first EOF with it, residual "
                     "of the enstrophy budget, strong vortices; means over seeds [95 % interval]")
 
-# %% ../../nbs/study/10_points.ipynb #8ce92f6f
+# %% ../../nbs/study/10_points.ipynb #49cca624
 def cost_rows(points: Sequence[Point]) -> Table:
     "What every point costs: weights, operations, bytes, and the measured time."
     rows = []
