@@ -408,13 +408,12 @@ def study_json(study: Study, said: Sequence[Finding]) -> dict:
                 for p in said]
     return {"points": points, "tables": tables, "findings": findings}
 
-# %% ../../nbs/study/15_findings.ipynb #e408fc6b
-def featured(study: Study, most: int = 8) -> list[Entry]:
+# %% ../../nbs/study/15_findings.ipynb #139cabe8
+def featured(study: Study, most: int = 10) -> list[Entry]:
     "A few entries that stand for the study, all of one seed, the reference first."
     if len(study.entries) <= MANY:
         return study.entries
     chosen = [study.reference] if study.reference else []
-    chosen += study.family("control")[-1:]
     for name in ("small dense", "pruned", "distilled", "deployed"):
         known = [p for p in study.family(name) if p.values("horizon") and not p.about["masked"]]
         if known:
@@ -425,4 +424,5 @@ def featured(study: Study, most: int = 8) -> list[Entry]:
             chosen.append(min(known, key=cheap))
     seed = min(study.reference.entries) if study.reference else 0
     found = [p.entries.get(seed, next(iter(p.entries.values()))) for p in dict.fromkeys(chosen)]
-    return found[:most]
+    controls = [study.controls[entry] for entry in found if entry in study.controls]
+    return list(dict.fromkeys([*found, *controls]))[:most]

@@ -381,7 +381,7 @@ def planted_entry(
 ) -> Entry:
     "An entry whose horizon is 20 time units times `factor` and a luck of its seed."
     luck = 1 + 0.05 * math.cos(2.4 * seed + 1)  # up to 5 % either way
-    entry = synthetic_entry(checkpoint, 0.2 / (400 * factor * luck), step=0.05, leads=500,
+    entry = synthetic_entry(checkpoint, 0.2 / (400 * factor * luck), 8, step=0.05, leads=500,
                             noise=2e-4)
     k = np.arange(46.0)
     true = np.where(k > 0, np.maximum(k, 1) ** -3, 0)

@@ -21,6 +21,7 @@ from turbvit_nb.study.differences import (
     pair_summary,
     paired,
     pairs_of,
+    pruned_among,
     reach_difference,
     same_starts,
 )
@@ -230,8 +231,11 @@ def caveats(entries: Sequence[Entry]) -> list[str]:
         said.append(f"{many} at {scores.sizes['lead']} leads in two fields, at {100 * level:.0f} % each, with nothing taken "
                     f"off for so many comparisons: about one in {1 / (1 - level):.0f} shows a difference where "
                     "there is none, and neighbouring leads err together.")
+    timed = [entry.facts["speed-up"] for entry in pruned if "speed-up" in entry.facts]
+    measured = (f"side by side the pruned models were {min(timed):.2f} to {max(timed):.2f} times as fast as the dense one."
+                if timed else "so none of this says that a pruned model is faster.")
     return said + ["Fewer weights are not fewer operations: zeros in dense matrices are multiplied like any other "
-                   "number, so none of this says that a pruned model is faster."]
+                   f"number, {measured}"]
 
 # %% ../../nbs/study/03_verdict.ipynb #ed215db6
 def verdict(
@@ -241,8 +245,8 @@ def verdict(
     "What the numbers say, what they cannot say, and what was missing; the headline first."
     scored = [entry for entry in entries if entry.scores is not None]
     said = [longest_horizon(scored)] if scored else []
-    for entry in entries:
-        said += pruning_findings(entry, entries) if entry.role == "pruned" else []
+    for entry in pruned_among(entries):
+        said += pruning_findings(entry, entries)
     said += [own_climate(e) for e in entries if e.has_climate]
     said += [Finding("caution", "not supported", f"Not supported: {what}") for what in caveats(entries)]
     return said + [Finding("unknown", "missing", f"Missing: {what}.") for what in missing]
