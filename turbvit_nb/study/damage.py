@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex
 
 from ..lab.plots import THRESHOLD, curves
 from .entries import Entry, step_at
+from .pareto import plain_logs
 from .points import Point, controls, over_seeds
 
 # %% ../../nbs/study/12_damage.ipynb #95cfb575
@@ -110,9 +111,8 @@ def damage_figure(
     lines = {name: (middle[: len(found)], found[:, 0]) for name, found in known.items()}
     bands = {name: (found[:, 1], found[:, 2]) for name, found in known.items()
              if np.isfinite(found).all()}
-    ticks = [(2**i, str(2**i)) for i in range(7)]
-    drawn = curves(lines, "wavenumber k", ylabel, title, bands=bands, level=0.0, logx=True,
-                   xticks=ticks, **axes)
+    look = {"bands": bands, "level": 0.0, "logx": True, "hooks": [plain_logs(1.5)]} | axes
+    drawn = curves(lines, "wavenumber k", ylabel, title, **look)
     colours = dict(zip(lines, shades(len(lines))))
     shaded = iter(bands)
     for part in drawn:

@@ -414,12 +414,13 @@ def featured(study: Study, most: int = 10) -> list[Entry]:
     if len(study.entries) <= MANY:
         return study.entries
     chosen = [study.reference] if study.reference else []
-    for name in ("small dense", "pruned", "distilled", "deployed"):
-        known = [p for p in study.family(name) if p.values("horizon") and not p.about["masked"]]
+    for names, zeros in ((("small dense",), False), (("pruned", "distilled"), True),
+                         (("pruned", "distilled"), False), (("deployed",), False)):
+        known = [p for p in study.family(*names) if p.values("horizon") and not p.about["masked"]]
+        known = [p for p in known if hollow(p) == zeros]
         if known:
             chosen.append(max(known, key=lambda p: p.summary("horizon")[0]))
-            timed = lambda p: p.values("latency") and name != "pruned"
-            slow = lambda p: p.summary("latency")[0] if timed(p) else 0.0
+            slow = lambda p: p.summary("latency")[0] if p.values("latency") and not zeros else 0.0
             cheap = lambda p: (slow(p), round(p.left, 3), -p.summary("horizon")[0])
             chosen.append(min(known, key=cheap))
     seed = min(study.reference.entries) if study.reference else 0

@@ -213,7 +213,8 @@ def features(entry: Entry, reference: Entry | None) -> dict:
         model = entry.setting.get("model", {})
         known = [str(model[key]) for key in ("embed_dim", "base_channels", "depth") if key in model]
         found["network"] = "×".join(known) or f"{short_count(entry.facts['parameters'])} parameters"
-    twin = entry.role == "pruned" or (kind == "deployed" and (entry.identity.parent or "").startswith("prune"))
+    twin = entry.role == "pruned" or (kind == "deployed"
+                                      and (entry.identity.parent or "").startswith("prune"))
     masked = twin and _removable(found.get("unit", "weight"))
     backend = {key: entry.facts.get(key, "") for key in ("backend",
                                                          "precision")} if kind == "deployed" else {}
@@ -229,7 +230,8 @@ def label_of(kind: str, about: Mapping, left: float) -> str:
     if kind == "small dense":
         return f"dense {about['network']}"
     unit = about.get("unit", "weight")
-    words = [about.get("criterion", "") if about["stage"] else "dense", unit if unit != "weight" else ""]
+    words = [about.get("criterion", "") if about["stage"] else "dense", unit if unit != "weight"
+             else ""]
     words += [f"{100 * left:.3g} %" if about["stage"] else ""]
     words += ["masked" if about["masked"] else "", "distilled" if about["taught"]
               or kind == "distilled" else ""]
@@ -408,7 +410,8 @@ def planted_study(seeds: int = 3, criteria: Mapping[str, float] = PLANTED) -> li
         entries.append(planted_entry(f"dense_seed{seed}", "best", seed, 1.0))
         small = {"parameters": 500_000, "packed bytes": 2e6}
         for width, faster, factor in ((96, 2.0, 0.90), (64, 4.0, 0.70)):
-            facts = small | {"speed-up": faster, "packed bytes": 8e6 / faster**2}
+            facts = small | {"speed-up": faster, "packed bytes": 8e6 / faster**2,
+                             "flops": 4.5e7 / faster}
             entries.append(planted_entry(f"w{width}_seed{seed}", "best", seed, factor, 0, facts,
                                          model={"embed_dim": width, "depth": 4}))
         for stage, s in enumerate(SPARSE, 1):
