@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT', 'tidy', 'run_part', 'without_smoke', 'heading', 'run_reports', 'made_at', 'trimmed', 'publish',
            'without_progress', 'without_films', 'fold', 'write_report', 'stage_table', 'run_media', 'verdicts',
-           'as_output', 'run_page', 'write_results', 'fill_in', 'list_results', 'heading_id', 'anchors', 'page_name',
-           'site_files', 'site_pages', 'way', 'mend_links', 'link_files', 'write_library', 'build']
+           'as_output', 'study_page', 'run_page', 'write_results', 'fill_in', 'list_results', 'heading_id', 'anchors',
+           'page_name', 'site_files', 'site_pages', 'way', 'mend_links', 'link_files', 'write_library', 'build']
 
 # %% ../../nbs/lab/13_site.ipynb #2bf349ca
 import html
@@ -270,6 +270,17 @@ def _head(title: str, description: str, name: str) -> NotebookNode:
     )
     return nbformat.v4.new_raw_cell(f"---\n{front}---")
 
+# %% ../../nbs/lab/13_site.ipynb #c0de0512
+def study_page(folder: Path) -> str:
+    "What the comparison of a study found, as HTML: sentences, then tables; empty where it has found nothing."
+    file = folder / "comparison.json"
+    told = json.loads(file.read_text(encoding="utf-8")).get("study") if file.exists() else None
+    if not told:
+        return ""
+    found = [{"": part["sign"], "what was found": part["sentence"]} for part in told["findings"]]
+    tables = [Table(table["rows"], table["caption"]) for table in told["tables"].values()]
+    return "\n".join(table._repr_html_() for table in [Table(found), *tables])
+
 # %% ../../nbs/lab/13_site.ipynb #a2d4a678
 def run_page(
     folder: Path,  # of the run
@@ -288,6 +299,8 @@ def run_page(
     cells = [_head(name, about, "index"), prose(said)]
     if compared := read_scorecard(folder):
         cells += [prose("## Scorecard"), as_output(scorecard(compared))]
+    if found := study_page(folder):
+        cells += [prose("## What the study found"), as_output(found)]
     cells += [prose("## Stages and their reports\n\n" + stage_table(folder)._repr_markdown_())]
     media = [text for path in run_media(folder) if (text := _media(path, name))]
     cells += [prose("## To look at\n\n" + "\n\n".join(media))] if media else []
@@ -334,15 +347,15 @@ def write_results(
 
 # %% ../../nbs/lab/13_site.ipynb #05e56d6b
 def fill_in(page: Path, rows: Sequence[Row], runs: Path) -> None:
-    "Put the table of runs and the scorecards where a page asks for them, in place."
+    "Put the table of runs, scorecards and studies where a page asks for them, in place."
     nb = nbformat.read(page, as_version=4)
+    kinds = {"scorecard": lambda run: (card := read_scorecard(run)) and scorecard(card), "study": study_page}
     for i, cell in enumerate(nb.cells):
-        asked = re.fullmatch(r"<!-- (runs|scorecard (\S+)) -->", cell.source.strip())
-        if asked and asked[2]:
-            card = read_scorecard(runs / asked[2])
-            nb.cells[i] = as_output(
-                scorecard(card) if card else f"<p>The run {html.escape(asked[2])} is not here.</p>"
-            )
+        asked = re.fullmatch(r"<!-- (?:runs|(scorecard|study) (\S+)) -->", cell.source.strip())
+        if asked and asked[1]:
+            shown = kinds[asked[1]](runs / asked[2])
+            missing = f"<p>There is no {asked[1]} of the run {html.escape(asked[2])} here.</p>"
+            nb.cells[i] = as_output(shown or missing)
         elif asked:
             nb.cells[i] = as_output(runs_table(rows))
     nbformat.write(nb, page)

@@ -21,6 +21,7 @@ from turbvit_nb.study.differences import (
     pair_summary,
     paired,
     pairs_of,
+    pruned_among,
     reach_difference,
     same_starts,
 )
@@ -33,7 +34,7 @@ from ..forecast.reading import horizons
 
 # %% ../../nbs/study/03_verdict.ipynb #88cad3ce
 SIGNS = {"worse": "▼", "better": "▲", "mixed": "▼▲", "none": "=", "unknown": "?"}
-SIGNS |= {"note": "·", "caution": "!"}
+SIGNS |= {"note": "·", "caution": "!", "holds": "✓", "fails": "✗"}
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Finding:
     "One thing that the numbers say."
 
     mark: str  # a key of `SIGNS`
-    about: str  # forecast, pruning: forecast, pruning: climate, climate, not supported, missing
+    about: str  # forecast, pruning: forecast, pruning: climate, climate, study, belief, not supported, missing
     sentence: str
 
 # %% ../../nbs/study/03_verdict.ipynb #fcc72088
@@ -230,8 +231,11 @@ def caveats(entries: Sequence[Entry]) -> list[str]:
         said.append(f"{many} at {scores.sizes['lead']} leads in two fields, at {100 * level:.0f} % each, with nothing taken "
                     f"off for so many comparisons: about one in {1 / (1 - level):.0f} shows a difference where "
                     "there is none, and neighbouring leads err together.")
+    timed = [entry.facts["speed-up"] for entry in pruned if "speed-up" in entry.facts]
+    measured = (f"side by side the pruned models were {min(timed):.2f} to {max(timed):.2f} times as fast as the dense one."
+                if timed else "so none of this says that a pruned model is faster.")
     return said + ["Fewer weights are not fewer operations: zeros in dense matrices are multiplied like any other "
-                   "number, so none of this says that a pruned model is faster."]
+                   f"number, {measured}"]
 
 # %% ../../nbs/study/03_verdict.ipynb #ed215db6
 def verdict(
@@ -241,16 +245,17 @@ def verdict(
     "What the numbers say, what they cannot say, and what was missing; the headline first."
     scored = [entry for entry in entries if entry.scores is not None]
     said = [longest_horizon(scored)] if scored else []
-    for entry in entries:
-        said += pruning_findings(entry, entries) if entry.role == "pruned" else []
+    for entry in pruned_among(entries):
+        said += pruning_findings(entry, entries)
     said += [own_climate(e) for e in entries if e.has_climate]
     said += [Finding("caution", "not supported", f"Not supported: {what}") for what in caveats(entries)]
     return said + [Finding("unknown", "missing", f"Missing: {what}.") for what in missing]
 
 # %% ../../nbs/study/03_verdict.ipynb #9bdf188c
-_INK = {"worse": "#b04000", "better": "#00714f", "mixed": "#8a6100"}
+_INK = {"worse": "#b04000", "better": "#00714f", "mixed": "#8a6100", "holds": "#00714f", "fails": "#b04000"}
 _KEY = {"worse": "worse", "better": "better", "none": "no difference shown", "unknown": "not known",
         "caution": "what the numbers do not support"}
+_BELIEFS = {"holds": "a belief that holds here", "fails": "one that does not"}
 
 
 class Verdict:
@@ -264,7 +269,8 @@ class Verdict:
         sign = lambda mark: f'<td style="{style}{_INK.get(mark, "#555")}">{SIGNS[mark]}</td>'
         said = lambda part: f'<td style="text-align: left">{html.escape(part.sentence)}</td>'
         rows = "\n".join(f"<tr>{sign(part.mark)}{said(part)}</tr>" for part in self.findings)
-        key = ", ".join(f"{SIGNS[mark]} {word}" for mark, word in _KEY.items())
+        beliefs = _BELIEFS if {"holds", "fails"} & {part.mark for part in self.findings} else {}
+        key = ", ".join(f"{SIGNS[mark]} {word}" for mark, word in (_KEY | beliefs).items())
         return f'<table class="verdict"><caption>{key}</caption><tbody>{rows}</tbody></table>'
 
     def __repr__(self) -> str:
