@@ -1,11 +1,11 @@
 """What a grid resolves: statistics of one flow on 64², 128² and 256² points, kept for the solver's chapter.
 
-    python benchmarks/resolution.py [--flows 6] [--time 6] [--into nbs/media/resolution.json]
+    python benchmarks/resolution.py [--into nbs/media/resolution.json]
 
 Re 1000, β 20, α 0.1, fky 4, scheme `exact`, double precision, one process. Every flow is spun up on 64²; the state after it goes on there and,
-by Fourier interpolation, on the next finer grid, where it is given time to fill the waves it has won. Statistics are means over `time` units after
-that, the intervals those of the mean over flows. The panels are one state on three grids, half a unit of time later. Same numbers every time
-(about six minutes of one quiet core).
+by Fourier interpolation, on the next finer grid, where it is given time to fill the waves it has won. Statistics are means over the time units
+after that, the intervals those of the mean over flows. The panels are one state on three grids, half a unit of time later. Same numbers every
+time (about three minutes of one quiet core).
 """
 import argparse
 import json
@@ -19,8 +19,8 @@ from turbvit_nb.physics.solver import Solver, random_vorticity
 from turbvit_nb.physics.spectral import Grid
 from turbvit_nb.physics.statistics import student
 
-GRIDS = {64: 60.0, 128: 8.0, 256: 2.0}  # points per side: time units before the statistics begin
-EVERY = 0.25  # time units between the frames of the statistics
+GRIDS = {64: (6, 60.0, 20.0), 128: (6, 8.0, 6.0), 256: (4, 1.5, 2.5)}  # points per side: flows, time units to settle, of the statistics
+EVERY = 0.1  # time units between the frames of the statistics
 SIDE = 3  # of 8 parts of the domain's side that a panel shows
 
 
@@ -60,7 +60,8 @@ def panels(omega: torch.Tensor, time: float = 0.5) -> dict[str, list]:
     found = {}
     for NX in GRIDS:
         run = solver(Grid.of(omega).resample(omega, NX))
-        run.advance(time)
+        for _ in range(round(time / EVERY)):
+            run.advance(EVERY)
         side = SIDE * NX // 8
         found[str(NX)] = run.omega[:side, :side].round().int().tolist()
     return found
@@ -73,19 +74,18 @@ def rounded(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flows", type=int, default=6)
-    parser.add_argument("--time", type=float, default=6.0)
     parser.add_argument("--into", type=Path, default=Path(__file__).parents[1] / "nbs/media/resolution.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    about = {"Re": 1000, "beta": 20, "alpha": 0.1, "fky": 4, "flows": asked.flows, "time": asked.time, "spin_up": GRIDS, "scheme": "exact"}
-    omega, table = random_vorticity(64, asked.flows, seed=7), {}
-    for NX, spin in GRIDS.items():
-        run = solver(Grid.of(omega).resample(omega, NX))
-        for _ in range(round(spin)):
-            run.advance(1.0)
+    names = ("flows", "settle", "time")
+    about = {"Re": 1000, "beta": 20, "alpha": 0.1, "fky": 4, "scheme": "exact"} | {str(NX): dict(zip(names, of)) for NX, of in GRIDS.items()}
+    omega, table = random_vorticity(64, GRIDS[64][0], seed=7), {}
+    for NX, (flows, settle, time) in GRIDS.items():
+        run = solver(Grid.of(omega).resample(omega[:flows], NX))
+        for _ in range(round(settle / EVERY)):
+            run.advance(EVERY)
         omega = run.omega.clone()
-        table[NX] = {name: rounded(value) for name, value in statistics(run, asked.time).items()}
+        table[NX] = {name: rounded(value) for name, value in statistics(run, time).items()}
         print(NX, {name: value for name, value in table[NX].items() if not isinstance(value, list)}, flush=True)
         print("   dissipation at k = 20, 31:", table[NX]["dissipation"][20], table[NX]["dissipation"][31], flush=True)
     kept = {"conditions": about, "side": SIDE / 8, "grids": table, "panels": panels(run.omega[0])}
