@@ -89,7 +89,7 @@ ROOMS = {  # a folder: what its modules may import
     "compress": {"compress", "networks", "model", "datasets"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
-    "study": {"study", "climate", "forecast", "compress", "model", "datasets"} | GROUND,
+    "study": {"study", "climate", "forecast", "compress", "networks", "model", "datasets"} | GROUND,
 }
 HANDED_ON = {"prune": {"train"}, "distil": {"train"}}  # what one chapter takes from another: finetuning is a training
 

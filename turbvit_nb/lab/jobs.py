@@ -573,8 +573,7 @@ def next_stage(
     "The first stage of a run that has begun and is not done. Raises `LabError` when there is none."
     entries = stages(folder)
     begun = [stage for stage, entry in entries.items() if entry["state"] != "done"]
-    begun += unopened(folder)
-    if begun:
+    if begun := [*begun, *unopened(folder)]:
         return begun[0]
     if not entries:
         raise LabError(f"{folder} holds no run: it has no stage in a status.json")
