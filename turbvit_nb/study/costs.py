@@ -21,8 +21,7 @@ import torch
 from ..lab.config import LabError
 from ..lab.progress import note
 from ..lab.runs import Run, atomic
-from ..model import Kind, evaluating, load_emulator
-from ..networks.transformers import FEATURES
+from ..model import FEATURES, Kind, evaluating, load_emulator
 from .entries import CompareConfig, Entry
 
 # %% ../../nbs/study/09_costs.ipynb #25d85f9a

@@ -99,6 +99,12 @@ def what_it_is(study: Study) -> list[Finding]:
     told += "; intervals are over seeds"
     said = [Finding("note", "study",
                     f"{told}, and differences are taken between models of one seed.")]
+    lasts = [(p.values("horizon").get(e.seed), float(e.scores.lead_time[-1])) for p in study.points
+             for e in p.entries.values() if e.scores is not None]
+    if beyond := sum(value is not None and value >= last for value, last in lasts):
+        said.append(Finding("caution", "not supported",
+                            f"Not supported: {beyond} of {len(lasts)} horizons lie "
+                            "beyond the last lead and count as it, so differences between them are not seen."))
     if study.seeds < 3:
         two = "of two seeds Student's interval is 13 standard errors wide to each side"
         few = "one seed has no interval" if study.seeds == 1 else two
@@ -185,14 +191,19 @@ def loudest(points: Sequence[Point], ask: Callable) -> tuple[Point, tuple, int, 
     return best, ask(best, 1 - 0.05 / len(known)), len(known), worse
 
 
+def _chosen(ends: Sequence[float], asked: int) -> str:
+    "That an interval was widened, where there is one and a choice was made."
+    return ", widened for the choice" if asked > 1 and math.isfinite(ends[1]) else ""
+
+
 def _loud(claim: str, found: tuple | None, what: str) -> Finding:
     "A belief that some point of many does something, in words."
     if found is None:
         return belief(claim, None, "")
     point, ends, asked, worse = found
-    told = f"{point.label} is the best of {asked}: {percents(ends)} % {what} ({_seeds(ends[3])}"
-    many = f", widened for the choice); {worse} of {asked} are shown to be worse."
-    told += many if asked > 1 else ")."
+    told = f"{point.label} is the best of {asked}: {percents(ends)} % {what} "
+    told += f"({_seeds(ends[3])}{_chosen(ends, asked)})"
+    told += f"; {worse} of {asked} are shown to be worse." if asked > 1 else "."
     return belief(claim, ends, told)
 
 
@@ -321,17 +332,18 @@ def climates(study: Study) -> list[Finding]:
     ask = lambda p, level: change(p, study.controls, "climate distance", False, level)
     if found := loudest(pruned, ask):
         point, ends, asked, _ = found
-        word = {"more": "is further from the truth's", "less": "is closer to it",
-                "open": "is not shown to differ"}[shown(ends)]
+        which = f"The climate of {point.label}" + f", the worst of {asked}" * (asked > 1)
+        word = {"more": "it is further from the truth's by", "less": "it is closer to the truth's by",
+                "open": "no difference is shown,"}[shown(ends)]
         said.append(Finding({"more": "worse", "less": "better", "open": "unknown"}[shown(ends)],
                             "study",
-                            f"Of {asked} climates that of {point.label} is furthest from its control's, "
-                            f"and {word}: {_number(ends)} in units of what chance makes of the truth "
-                            f"({_seeds(ends[3])}, widened for the choice)."))
+                            f"{which}, against its control's: {word} {_number(ends)} in units of "
+                            f"what chance makes of the truth ({_seeds(ends[3])}{_chosen(ends, asked)})."))
     rolled = [(p, v) for p in study.points for v in p.values("blow-ups").values()]
     if rolled:
         blown = sorted({p.label for p, v in rolled if v > 0})
-        named = f"blown up: {', '.join(blown[:6])}" + " and more" * (len(blown) > 6)
+        more = " and more" if len(blown) > 6 else ""
+        named = f"blown up: {', '.join(blown[:6])}{more}"
         told = named if blown else "none has blown up"
         said.append(Finding("worse" if blown else "none", "study",
                             f"Of {len(rolled)} models that were rolled out for long, {told}."))

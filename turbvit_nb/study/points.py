@@ -182,11 +182,17 @@ def taught(entry: Entry) -> bool:
                 said.get("spectral_weight", 0), rollout))
 
 
+def _network(entry: Entry) -> str:
+    "The type of its network."
+    return entry.facts.get("model", "")
+
+
 def family(entry: Entry, reference: Entry | None) -> str:
     "Which of `FAMILIES` an entry belongs to."
     if entry.role in ("dense", "latent", "generative"):
-        size = [e.facts.get("parameters", 0) for e in (entry, reference) if e is not None]
-        return "small dense" if len(size) == 2 and size[0] < size[1] else "dense"
+        smaller = reference and entry.facts.get("parameters",
+                                                0) < reference.facts.get("parameters", 0)
+        return "small dense" if smaller and _network(entry) == _network(reference) else "dense"
     if entry.role in ("control", "deployed"):
         return entry.role
     return "distilled" if taught(entry) or entry.role == "distilled" else "pruned"
@@ -211,8 +217,11 @@ def features(entry: Entry, reference: Entry | None) -> dict:
                  "unit": _unit(entry)}
     if kind == "small dense":
         model = entry.setting.get("model", {})
-        known = [str(model[key]) for key in ("embed_dim", "base_channels", "depth") if key in model]
+        width = "base_channels" if _network(entry) == "UNet" else "embed_dim"
+        known = [str(model[key]) for key in (width, "depth") if key in model]
         found["network"] = "×".join(known) or f"{short_count(entry.facts['parameters'])} parameters"
+    if kind == "dense" and reference is not None and _network(entry) != _network(reference):
+        found["network"] = _network(entry)
     twin = entry.role == "pruned" or (kind == "deployed"
                                       and (entry.identity.parent or "").startswith("prune"))
     masked = twin and _removable(found.get("unit", "weight"))
@@ -225,10 +234,10 @@ def features(entry: Entry, reference: Entry | None) -> dict:
 # %% ../../nbs/study/10_points.ipynb #b3168be7
 def label_of(kind: str, about: Mapping, left: float) -> str:
     "The name of a point: dense, dense 96×3, control 3, taylor 50 %, l1 head 50 % distilled, …"
-    if kind in ("dense", "control"):
-        return f"{kind} {about['stage'] or ''}".strip()
-    if kind == "small dense":
-        return f"dense {about['network']}"
+    if kind == "control":
+        return f"control {about['stage'] or ''}".strip()
+    if kind in ("dense", "small dense"):
+        return f"dense {about.get('network', '')}".strip()
     unit = about.get("unit", "weight")
     words = [about.get("criterion", "") if about["stage"] else "dense", unit if unit != "weight"
              else ""]
@@ -315,10 +324,15 @@ def extra_training(entry: Entry) -> tuple | None:
     return spent, entry.setting.get("finetuning", {}).get("steps_per_epoch")
 
 
+def _start(entry: Entry) -> tuple[str, str]:
+    "Run and checkpoint that it was pruned from: named by `checkpoint_file`, or the best of its own run."
+    file = Path(entry.setting.get("checkpoint_file") or f"{entry.run}/checkpoints/best.tar")
+    return file.parts[-3] if len(file.parts) > 2 else "", file.stem
+
+
 def _from_where(entry: Entry) -> tuple:
     "The checkpoint that it was pruned from, and the data it was trained on."
-    return entry.setting.get("checkpoint_file"), entry.setting.get("train_dataset",
-                                                                   {}).get("data_dir")
+    return _start(entry), entry.setting.get("train_dataset", {}).get("data_dir")
 
 
 def controls(entries: Sequence[Entry]) -> dict[Entry, Entry]:
@@ -342,13 +356,9 @@ def _trained_alike(a: Entry, b: Entry) -> bool:
 
 def starts(entries: Sequence[Entry]) -> dict[Entry, Entry]:
     "The dense entry that others came from: named by `checkpoint_file`, or of the same run."
-    dense, found = {(e.run, e.checkpoint): e for e in entries if e.role == "dense"}, {}
-    for entry in (e for e in entries if e.role != "dense"):
-        parts = Path(entry.setting.get("checkpoint_file")
-                     or f"{entry.run}/checkpoints/best.tar").parts
-        start = dense.get((parts[-3], Path(parts[-1]).stem)) if len(parts) > 2 else None
-        found |= {entry: start} if start else {}
-    return found
+    dense = {(e.run, e.checkpoint): e for e in entries if e.role == "dense"}
+    others = [e for e in entries if e.role != "dense" and _start(e) in dense]
+    return {entry: dense[_start(entry)] for entry in others}
 
 # %% ../../nbs/study/10_points.ipynb #b6763d9e
 def change(
