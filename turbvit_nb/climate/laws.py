@@ -143,8 +143,8 @@ def residual_meaning(regime: Regime) -> dict[str, str | int]:
     "Attributes of a budget: what its residual is, and the solution's grid where it is a finer one."
     if not regime.filtered:
         return {"residual": "0 for the equations; what the model added"}
-    beyond = f"waves that frames of {regime.NX}² do not hold and the solution on {regime.solved_NX}² has"
-    return {"residual": f"transfer with the {beyond}", "solved_NX": regime.solved_NX}
+    beyond = f"frames of {regime.NX}² do not hold and the solution on {regime.solved_NX}² has"
+    return {"residual": f"transfer with the waves that {beyond}", "solved_NX": regime.solved_NX}
 
 # %% ../../nbs/climate/07_laws.ipynb #2ae5b280
 class Budget(Diagnostic, switch="budget"):

@@ -194,7 +194,7 @@ def physics_table(climates: Mapping[str, xr.Dataset]) -> Table:
     caption = "Does it obey the physics? Residuals of the budgets in percent of their largest term"
     if finer := cut_out(climates["truth"]):
         caption += f". The truth's frames were cut out of a solution on {finer}² points: its "
-        caption += "residuals are what they exchange with the waves that they do not hold, no errors"
+        caption += "residuals are what they exchange with waves that they do not hold, no errors"
     return Table(rows, caption)
 
 # %% ../../nbs/climate/12_verdict.ipynb #5d135fbf

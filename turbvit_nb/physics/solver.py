@@ -326,7 +326,7 @@ class Solver:
         if omega0.ndim not in (2, 3): raise ValueError(
             f"omega0 is (N, N) or (B, N, N), not of shape {tuple(omega0.shape)}"
         )
-        if omega0.shape[-1] == regime.NX:  # a frame: the waves that it does not hold begin as nothing
+        if omega0.shape[-1] == regime.NX:  # a frame; the other waves are nothing
             omega0 = Grid.of(omega0).resample(omega0, regime.solved_NX)
         self.modes, batch = _fields(regime.solved_NX, omega0)
         if not batch.isfinite().all(): raise ValueError("omega0 holds values that are not finite")
