@@ -18,12 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.signal import resample
 
 from .config import LabError
-from .plots import DIVERGING, shared_limit
 from .runs import atomic
 
 # %% ../../nbs/lab/10_films.ipynb #5e7d265c
 def _palette(colours: int) -> list[int]:
     "RGB values: `colours` of the diverging map, then 16 greys from white to black."
+    from turbvit_nb.lab.plots import DIVERGING  # it takes seconds, and rollouts import this module
+
     field = (255 * DIVERGING(np.linspace(0, 1, colours))[:, :3]).round().astype(int)
     greys = np.linspace(255, 0, 16).round().astype(int)[:, None].repeat(3, 1)
     return np.concatenate([field, greys]).ravel().tolist()
@@ -168,6 +169,8 @@ def make_movie(
     max_bytes: int = 3_000_000,
 ) -> Path:  # of the file
     "Write panels side by side as a GIF or an MP4 of at most `max_bytes`, on one colour scale."
+    from turbvit_nb.lab.plots import shared_limit
+
     path = Path(path)
     _check(path, panels)
     first = next(iter(panels.values()))
