@@ -634,6 +634,20 @@ def test_measured_milliseconds_are_kept_and_used_again(home):
     assert (run.path / "latency.json").stat().st_mtime_ns == before
 
 
+def test_masks_of_another_run_are_taken_over(home, small):
+    "Zero-shot: the masks are those of the file, the weights those of the dense model, and no score is looked at."
+    path, rows = small
+    file = files(path)[rows[2]["name"]]
+    theirs = read_checkpoint(file)
+    gone = 1 - unit_named(["head", "channel"]).pieces(load_emulator(file)).gone(Masks(theirs["masks"]))
+    over = dict(importance_metric=None, masks_from=str(file), unit=["head", "channel"], prune_schedule=None, targets=[1 - gone], epoch_schedule=0)
+    run = start(home, "taken_over", over)
+    name = prune(run)[1]["name"]
+    ours, dense = run.load(name), read_checkpoint(home / "runs/dense/checkpoints/best.tar")
+    assert equal(ours["masks"], theirs["masks"])
+    assert all(equal(ours["model_state"][k], w * ours["masks"].get(f"network.{k}", 1)) for k, w in dense["model_state"].items())
+
+
 def test_what_cannot_be_carried_out_is_one_line_before_the_run_is_made(home, small):
     path, rows = small
     half = str(files(path)[rows[2]["name"]])

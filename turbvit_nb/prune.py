@@ -19,7 +19,7 @@ from .compress.criteria import CRITERIA, NEEDS_BATCHES, NEEDS_OPTIMIZER, Scores
 from .compress.distil import distillation
 from .compress.latency import costs, kept_latency
 from .compress.masks import HoldMasks, Masks
-from .compress.plan import PruningConfig, rehearse, way_back
+from .compress.plan import PruningConfig, given_scores, rehearse, way_back
 from .compress.reconstruction import compensate_obs, compensate_ridge
 from .compress.schedules import Step
 from .compress.selection import select
@@ -75,6 +75,8 @@ def importance(
 ) -> Scores:  # by parameter name; higher = keep
     "What the config's criterion says each weight is worth."
     wanted = run.config.section("pruning")
+    if wanted.masks_from:
+        return given_scores(wanted.masks_from, pruning.emulator)
     context: dict[str, Any] = dict(seed=run.config.top.seed, chunk=wanted.score_chunk)
     if wanted.importance_metric in NEEDS_OPTIMIZER:
         settings = run.config.section("finetuning", FinetuningConfig())
