@@ -604,8 +604,8 @@ def explore(
     console.print(f"[green]done[/]: {escape(nice(path))}, {path.stat().st_size / 1e6:.1f} MB")
 
 # %% ../nbs/cli.ipynb #ffc2e2e1
-def demo_data(config: Path, cores: int) -> bool:
-    "Generate the data of the demo on all cores; False when it was there."
+def demo_data(config: Path) -> bool:
+    "Generate the data of the demo; False when it was there."
     import torch
 
     from turbvit_nb.datasets import ensure_data
@@ -613,7 +613,7 @@ def demo_data(config: Path, cores: int) -> bool:
 
     settings = load_config(config)
     new = not (data_path(settings.section("generate").data_dir) / "generate.json").exists()
-    torch.set_num_threads(cores)
+    torch.set_num_threads(1)  # the same bits everywhere, and no slower where the other cores are busy
     ensure_data(settings)
     return new
 
@@ -719,9 +719,8 @@ def demo(
         clear_demo(configs)
     folder = run_folder(load_config(configs / "vit.toml").top.output_dir)
     begin = time.monotonic()
-    cores = _cores()
-    demo_step("data: the built-in solver", lambda: demo_data(configs / "vit.toml", cores))
-    demo_run(configs, cores)
+    demo_step("data: the built-in solver", lambda: demo_data(configs / "vit.toml"))
+    demo_run(configs, _cores())
     demo_step("a moving picture", lambda: demo_movie(folder))
     console.print(demo_table(configs))
     console.print(f"\n{time.monotonic() - begin:.0f} s in all. To look at:")
