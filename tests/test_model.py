@@ -243,10 +243,11 @@ def test_a_config_that_starts_from_another_model(tmp_path):
 
     check("dense.tar", model_type="ViT", base_channels=64)
     check("small.tar", block_heads=[2, 0], block_mlp=[0, 50])
+    check("small.tar")  # widths that are left open are the checkpoint's
     for file, keys, message in (
         ("dense.tar", {"embed_dim": 64}, "embed_dim is 32 there and 64"),
         ("dense.tar", {"model_type": "ReViT"}, "model_type is ViT there and ReViT"),
-        ("small.tar", {}, r"block_heads is \[2, 0\] there and None"),
+        ("small.tar", {"block_heads": [1, 1]}, r"block_heads is \[2, 0\] there and \[1, 1\]"),
     ):
         with pytest.raises(LabError, match=message):
             check(file, **keys)

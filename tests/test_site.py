@@ -161,12 +161,14 @@ def test_pictures_speak(tmp_path):
 def test_a_section_shows_its_keys(tmp_path):
     "The page of a chapter has a table of the keys of its section: name, type, default and the comment beside it."
     from turbvit_nb.lab.pages import keys_table, write_page
+    from turbvit_nb.compress.schedules import ScheduleConfig
     from turbvit_nb.prune import PruningConfig
 
-    keys = {row["key"]: row for row in keys_table(PruningConfig).rows}
-    assert set(keys) == set(PruningConfig.model_fields) and all(row["meaning"] for row in keys.values())
+    keys, above = ({row["key"]: row for row in keys_table(cls).rows} for cls in (PruningConfig, ScheduleConfig))
+    assert keys.keys() | above.keys() == set(PruningConfig.model_fields) and not keys.keys() & above.keys()
+    assert all(row["meaning"] for row in [*keys.values(), *above.values()])
     assert keys["score_batches"]["type"] == "int, > 0" and keys["score_batches"]["default"] == "16"
-    assert keys["prune_schedule"]["default"] == "required"
+    assert keys["importance_metric"]["default"] == "required"
     nb = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_code_cell("#| default_exp prune"), nbformat.v4.new_markdown_cell("# Pruning\n\n> Less."),
         nbformat.v4.new_code_cell("from turbvit_nb.prune import PruningConfig"), nbformat.v4.new_code_cell("show_doc(PruningConfig)")])
@@ -179,7 +181,7 @@ def test_a_section_shows_its_keys(tmp_path):
     page = nbformat.read(tmp_path / "keys.ipynb", 4)
     text = "".join(str(output) for cell in page.cells for output in cell.get("outputs", []))
     assert "| `score_batches` | int, > 0 | `16` |" in text and "keys:Any" not in text
-    assert any("turbvit_nb/prune.py" in cell.source for cell in page.cells)
+    assert any("turbvit_nb/compress/plan.py" in cell.source for cell in page.cells)
 
 
 def test_the_scorecard_is_shown_where_a_page_asks(tmp_path):

@@ -631,7 +631,7 @@ def load_legacy(
     return _registered(KINDS, "legacy", "turbvit_nb.legacy", str(path)).network(path, **config)
 
 # %% ../nbs/00_model.ipynb #649ef887
-_OWN = {"dropout", "legacy_token_layout", "block_heads", "block_mlp"}  # a checkpoint's, not the section's
+_OWN = {"dropout", "legacy_token_layout"}  # a checkpoint's, not the section's; so is what a section leaves open
 
 
 def check_start(
@@ -647,7 +647,7 @@ def check_start(
             continue
         there, here = emulator.network.config, section.model_dump()
         for key in NETWORKS[section.model_type].section.model_fields:
-            if there.get(key) != here[key] and key not in _OWN:
+            if here[key] not in (None, there.get(key)) and key not in _OWN:
                 told = f"{key} is {there.get(key)} there and {here[key]} in [model]"
                 raise LabError(f"checkpoint_file = {named} does not fit the model: {told}")
 
