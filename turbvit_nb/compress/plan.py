@@ -45,7 +45,7 @@ class PruningConfig(ScheduleConfig):
     score_chunk: int | None = Field(None, gt=0)  # gradients at once; None: 1 on a CPU, else 16
     latency_batch_size: int = Field(8, gt=0)  # samples in a step that is timed for the scope ms
     compensate: Literal["none", "obs", "ridge"] = "none"  # obs for sparsegpt unless said
-    retraining: Literal["finetune", "lr_rewind", "weight_rewind"] = "finetune"
+    retraining: Literal["finetune", "lr_rewind", "weight_rewind"] = "finetune"  # see `stages`
     rewind_to: str | None = None  # weight_rewind: a checkpoint of the training, as "epoch4"
     materialize: bool = False  # a small model per stage; true for structures unless said
     width_multiple: int = Field(1, gt=0)  # of the small model's MLPs
