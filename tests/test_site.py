@@ -181,7 +181,7 @@ def test_a_section_shows_its_keys(tmp_path):
     page = nbformat.read(tmp_path / "keys.ipynb", 4)
     text = "".join(str(output) for cell in page.cells for output in cell.get("outputs", []))
     assert "| `score_batches` | int, > 0 | `16` |" in text and "keys:Any" not in text
-    assert any("turbvit_nb/compress/plan.py" in cell.source for cell in page.cells)
+    assert any("turbvit_nb/prune.py" in cell.source for cell in page.cells)
 
 
 def test_the_scorecard_is_shown_where_a_page_asks(tmp_path):
