@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from turbvit_nb.compress.backends import BACKENDS, deploy
-from turbvit_nb.deploy import in_turns, step_error
+from turbvit_nb.compress.latency import interleaved
+from turbvit_nb.deploy import step_error
 from turbvit_nb.lab.plots import Table
 from turbvit_nb.model import FEATURES, Emulator, ModelConfig, Normaliser, create_emulator, evaluating
 from turbvit_nb.physics.spectral import grid
@@ -76,7 +77,7 @@ def main():
                 kept = sum(tensor.nbytes for tensor in program.kept.values())
                 rows[name] = {"MB": round(kept / 1e6, 1), "rms error": f"{step_error(program, emulator, batch)[0]:.0e}"}
                 steps[name] = step(program, batch)
-    taken = in_turns(steps, args.repeats, CLOCKS[args.clock])
+    taken = interleaved(steps, args.repeats, clock=CLOCKS[args.clock])
     reference, table = taken["dense", "eager fp32"], []
     for (form, program), own in taken.items():
         ratios = {"by least": round(reference.min() / own.min(), 2), "by median": round(float(np.median(reference / own)), 2)}

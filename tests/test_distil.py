@@ -11,6 +11,7 @@ import tomli_w
 import torch
 from torch import nn
 
+from same_bits import equal
 from turbvit_nb import distil as chapter
 from turbvit_nb.compress.criteria import l1
 from turbvit_nb.compress.distil import (
@@ -195,16 +196,6 @@ def start(home: Path, name: str, wanted: dict | None = None, tune: dict | None =
     config = dict(output_dir=name) | DATA | dict(model=MODEL, distillation=dict(teacher_checkpoint=str(home / "big.tar")) | (wanted or TERMS))
     config |= dict(finetuning=TUNE | (tune or {})) | more
     return open_run(toml(home / f"{name}.toml", **{k: v for k, v in config.items() if v is not None}), "distil")
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def result(path: Path) -> dict:

@@ -13,6 +13,7 @@ import tomli_w
 import torch
 from torch import nn
 
+from same_bits import equal
 from turbvit_nb import prune as chapter
 from turbvit_nb.compress.criteria import CRITERIA, SCORES_STRUCTURE, l1, sample_mean
 from turbvit_nb.compress.masks import HoldMasks, Masks, prunable
@@ -202,17 +203,6 @@ def start(home: Path, name: str, more: dict | None = None, tune: dict | None = N
     config = dict(output_dir=name, checkpoint_file="dense/checkpoints/best.tar") | sections() | extra
     config |= dict(pruning=pruning(**more or {}), finetuning=finetuning(**tune or {}))
     return open_run(toml(home / f"{name}.toml", **config), "prune")
-
-
-def equal(a: object, b: object) -> bool:
-    "Bit for bit, through dicts and lists."
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 FINAL = "prune2_remaining_60.0"

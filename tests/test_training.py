@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from same_bits import equal
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import identify, results_in
 from turbvit_nb.lab.config import LabError
@@ -66,17 +67,6 @@ def job(home: Path, *arguments: str) -> tuple[int, str]:
     env = os.environ | {"TURBVIT_RUNS": str(home / "runs")}
     done = subprocess.run([sys.executable, "-c", JOB, *arguments], cwd=home, env=env, capture_output=True, text=True)
     return done.returncode, done.stderr
-
-
-def equal(a: object, b: object) -> bool:
-    "Bit for bit, through dicts and lists."
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def plain(folder: Path) -> dict:

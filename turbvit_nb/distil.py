@@ -93,7 +93,7 @@ def _is_control(config: Config) -> bool:
     "Whether the teacher has no say."
     return not config.section("distillation").teaches
 
-
+# %% ../nbs/09_distil.ipynb #d1571101
 def read_student(
     run: Run,  # whose config has a checkpoint_file
 ) -> Student:
@@ -160,7 +160,7 @@ def _check_asked(config: Config, default: Path) -> None:
         told = "init = \"teacher\" is for a new student, and checkpoint_file names one"
         raise LabError(f"{told}; leave one out")
 
-
+# %% ../nbs/09_distil.ipynb #d1571102
 def open_lesson(
     run: Run,  # open, stage "distil"
 ) -> Lesson:

@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from os import PathLike
-from pathlib import Path
 from types import new_class
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 
-from .lab.config import Config, LabError, Section, hint, run_folder
+from .lab.config import Config, LabError, Section, hint, named_file
 from .lab.runs import read_checkpoint
 from .layers.attention import Attention
 from .networks.transformers import FEATURES, NETWORKS, NetworkConfig, network
@@ -640,16 +639,14 @@ def check_start(
 ) -> None:
     "Raise `LabError` unless the checkpoint file a config starts from holds the model of `section`."
     named = config.top.checkpoint_file
-    places = [Path(named).expanduser(), run_folder(named)] if named else []
-    for path in [place for place in places if place.is_file()][:1]:
-        emulator = load_emulator(path)
-        if section is None or not isinstance(emulator, Emulator):
-            continue
-        there, here = emulator.network.config, section.model_dump()
-        for key in NETWORKS[section.model_type].section.model_fields:
-            if here[key] not in (None, there.get(key)) and key not in _OWN:
-                told = f"{key} is {there.get(key)} there and {here[key]} in [model]"
-                raise LabError(f"checkpoint_file = {named} does not fit the model: {told}")
+    emulator = load_emulator(path) if (path := named_file(named)) else None
+    if section is None or not isinstance(emulator, Emulator):
+        return
+    there, here = emulator.network.config, section.model_dump()
+    for key in NETWORKS[section.model_type].section.model_fields:
+        if here[key] not in (None, there.get(key)) and key not in _OWN:
+            told = f"{key} is {there.get(key)} there and {here[key]} in [model]"
+            raise LabError(f"checkpoint_file = {named} does not fit the model: {told}")
 
 # %% ../nbs/00_model.ipynb #d6c24796
 def _products(

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .masks import prunable
-from .programs import Program, calibrate, graph, listens, lowered, quantised
+from .programs import Program, calibrate, graph, lowered, quantised
 from ..lab.config import LabError, hint
 from ..model import FEATURES, NETWORKS, Emulator, Kind, Normaliser, _registered
 from ..model import card, create_model, register
@@ -244,11 +244,9 @@ def from_state(cls: Deployed, state: dict[str, Any], source: str) -> Deployed:
 
 # %% ../../nbs/compress/11_backends.ipynb #e4a5f4d9
 def facts(
-    emulator: Kind,  # with a network, or deployed
+    emulator: Emulator,
 ) -> dict[str, float]:
     "Parameters, prunable weights, the fraction of these that is not zero, and FLOPs of a step."
-    if isinstance(emulator, Deployed):
-        return dict(emulator.facts)
     weights, costs = prunable(emulator.network).values(), card(emulator)
     total = sum(weight.numel() for weight in weights)
     kept = sum(int((weight != 0).sum()) for weight in weights)

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
-from ..lab.config import Config, LabError, Section, run_folder
+from ..lab.config import Config, LabError, Section, named_file
 from ..lab.learner import Callback, Learner
 from ..lab.runs import Run
 from ..layers.attention import Block
@@ -237,22 +237,14 @@ class DistillationConfig(Section):
 
     def check(self, config: Config, name: str) -> None:
         "Compare teacher and student where both are known before anything runs. Raises `LabError`."
-        if (path := _teacher_file(self)) is not None and self.teaches:
+        if (path := named_file(self.teacher_checkpoint)) is not None and self.teaches:
             _check_known(config, self, load_emulator(path))
 
 # %% ../../nbs/compress/09_distil.ipynb #7356d0c4
-def _teacher_file(wanted: DistillationConfig) -> Path | None:
-    "The file of the teacher that is named, if it is there."
-    named = wanted.teacher_checkpoint
-    places = [Path(named).expanduser(), run_folder(named)] if named else []
-    return next((path for path in places if path.is_file()), None)
-
-
 def _stand_in(config: Config, teacher: Kind) -> Kind | None:
     "The student, as far as a config tells it; what it does not tell is as the teacher has it."
     named = config.top.checkpoint_file
-    places = [Path(named).expanduser(), run_folder(named)] if named else []
-    if file := next((path for path in places if path.is_file()), None):
+    if file := named_file(named):
         return load_emulator(file)
     if named or not config.has("model"):
         return None
@@ -413,7 +405,7 @@ def find_teacher(
             remedy = "give the path of a checkpoint"
             raise LabError(f"distillation.teacher_checkpoint is missing; {remedy}")
         return default
-    if (path := _teacher_file(wanted)) is None:
+    if (path := named_file(wanted.teacher_checkpoint)) is None:
         missing = f"distillation.teacher_checkpoint = {wanted.teacher_checkpoint} is not there"
         raise LabError(f"{missing}; give the path of a checkpoint")
     return path

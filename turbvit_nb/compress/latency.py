@@ -26,6 +26,7 @@ from torch import Tensor
 from .materialize import narrower
 from .units import Part, Pieces
 from ..lab.config import LabError
+from ..lab.progress import progress
 from ..lab.runs import atomic
 from ..model import Emulator
 
@@ -49,24 +50,24 @@ def interleaved(
     rounds: int = 7,  # that count
     warmup: int = 2,  # rounds before, which do not
     clock: Callable[[], float] = time.perf_counter,  # seconds
-) -> dict[str, list[float]]:  # name: milliseconds, one per round
+) -> dict[str, np.ndarray]:  # name: milliseconds (rounds,)
     "The time of every job in every round, the jobs taking turns."
     times: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(warmup + rounds):
+    for number in progress(range(warmup + rounds), desc="timing"):
         for name in reversed(jobs) if number % 2 else jobs:
             start = clock()
             jobs[name]()
             times[name].append(1e3 * (clock() - start))
-    return {name: spent[warmup:] for name, spent in times.items()}
+    return {name: np.array(spent[warmup:]) for name, spent in times.items()}
 
 
 def times_faster(
-    times: Mapping[str, list[float]],  # from `interleaved`
+    times: Mapping[str, np.ndarray],  # from `interleaved`
     name: str,
     than: str,
 ) -> float:
     "How many times faster one job is than another: the median over the rounds."
-    return median(slow / fast for slow, fast in zip(times[than], times[name]))
+    return float(np.median(times[than] / times[name]))
 
 # %% ../../nbs/compress/08_latency.ipynb #e337a5ac
 Widths = dict[str, list[tuple[int, int]]]  # tower: heads and channels of each block

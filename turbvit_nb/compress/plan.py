@@ -22,7 +22,7 @@ from .schedules import ScheduleConfig, Step
 from .selection import SCOPES, select
 from .stages import Pruning, WayBack, epoch_file, read_pruning, rewind
 from .units import unit_named
-from ..lab.config import Config, LabError, hint, load_config, run_folder
+from ..lab.config import Config, LabError, hint, load_config, named_file
 from ..lab.runs import read_checkpoint
 from ..model import Kind, check_start, create_model
 
@@ -97,9 +97,7 @@ def given_scores(
     emulator: Kind,  # to be pruned
 ) -> Scores:  # 1 where the masks of the file keep a weight, else 0
     "The masks of a checkpoint as scores. Raises `LabError` where there are none that fit."
-    places = [Path(named).expanduser(), run_folder(named)]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
+    if (path := named_file(named)) is None:
         raise LabError(f"pruning.masks_from = {named} is not there; give the path of a checkpoint")
     if not (masks := Masks(read_checkpoint(path).get("masks") or {})):
         raise LabError(f"pruning.masks_from = {named} has no masks: name the checkpoint of a stage")
@@ -167,8 +165,7 @@ def check(self: PruningConfig, config: Config, name: str) -> None:
     if not config.has("model"):
         check_start(config)
     named, model = config.top.checkpoint_file, config.sections.get("model")
-    places = [Path(named).expanduser(), run_folder(named)] if named else []
-    if start := next((place for place in places if place.is_file()), None):
+    if start := named_file(named):
         way_back(config, start, rehearse(self, read_pruning(start)))
     elif model and not named:  # what will be trained first
         network = create_model(**model.model_dump())

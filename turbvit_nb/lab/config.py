@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LabError', 'disk_trouble', 'is_users', 'in_one_line', 'load_ipython_extension', 'hint', 'Section', 'root', 'nbs_dir',
-           'runs_dir', 'data_path', 'run_folder', 'find_config', 'read_toml', 'Top', 'registry', 'schemas', 'schema',
-           'Config', 'load_config', 'code_version']
+           'runs_dir', 'data_path', 'run_folder', 'named_file', 'find_config', 'read_toml', 'Top', 'registry',
+           'schemas', 'schema', 'Config', 'load_config', 'code_version']
 
 # %% ../../nbs/lab/00_config.ipynb #f51763b5
 import errno
@@ -207,6 +207,14 @@ def run_folder(
     if path.parts[:1] == ("runs",) and len(path.parts) > 1:
         path = path.relative_to("runs")
     return runs_dir().absolute() / path
+
+
+def named_file(
+    name: str | os.PathLike | None,  # a path, or a path below the folder of runs
+) -> Path | None:
+    "The file that a config names, if it is there."
+    places = [Path(name).expanduser(), run_folder(name)] if name else []
+    return next((path for path in places if path.is_file()), None)
 
 # %% ../../nbs/lab/00_config.ipynb #ba0c2240
 def _nearest(path: Path) -> str:

@@ -24,8 +24,8 @@ def plain_attention(
     k: Tensor,  # keys, the same shape
     v: Tensor,  # values, the same shape
 ) -> Tensor:  # (B, heads, L, head_dim)
-    "Softmax attention written out: L² memory, and every kind of derivative."
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+    "Softmax attention written out: L² memory, every kind of derivative, and a scale that can be traced."
+    weights = (q * int(q.shape[-1]) ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
     return weights @ v
 
 # %% ../../nbs/layers/01_attention.ipynb #b2373df2
