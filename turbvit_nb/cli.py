@@ -313,13 +313,21 @@ def status_rows(
 
 # %% ../nbs/cli.ipynb #25a7b10e
 def _wide(rows: list[tuple]) -> Table:
-    "The rows as a table."
-    table = Table("run", "stage", "state", "since", "last", box=None, header_style="bold")
+    "The rows as a table; only what was last is broken over lines."
+    table = Table(box=None, header_style="bold")
+    for title in ("run", "stage", "state", "since"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("last", overflow="fold")
     for i, (name, stage, state, since, last) in enumerate(rows):
         again = i and rows[i - 1][0] == name
         coloured = f"[{COLOURS.get(state, 'red')}]{state}[/]"
         table.add_row("" if again else escape(name), stage, coloured, since, escape(last))
     return table
+
+
+def _fits(rows: list[tuple], width: int, last: int = 40) -> bool:
+    "Whether a table of the rows leaves `last` characters for the figures or the error."
+    return width - sum(2 + max(len(row[i]) for row in rows) for i in range(4)) >= last
 
 
 def _narrow(rows: list[tuple]) -> str:
@@ -375,7 +383,7 @@ def status(
         console.print(f"[bold]{escape(nice(folder))}[/] (sweep): {escape(line)}", soft_wrap=True)
     named = [find_config(name) for name in runs if run_folder(name) not in sweeps]
     if rows := status_rows(named if runs else alone(find_runs())):
-        console.print(_wide(rows) if console.width >= 110 else _narrow(rows))
+        console.print(_wide(rows) if _fits(rows, console.width) else _narrow(rows))
     elif not runs and not lines:
         console.print(f"no runs in {escape(nice(runs_dir()))} yet; try [cyan]turbvit demo[/]")
 
