@@ -36,7 +36,7 @@ from .model import load_emulator, rollout, states
 class DeployConfig(Section):
     "The section `[deploy]`."
 
-    checkpoints: list[str] | None = None  # what to deploy; default: best, and the last smaller one
+    checkpoints: list[str] | None = None  # names or patterns; default: best, and the last smaller one
     backends: list[str] | None = None  # default: those that are here, without compiled
     precisions: list[str] = list(PRECISIONS)  # of fp32, bf16, int8
     batch_size: int = Field(8, gt=0)  # fields that are advanced together, where it is timed

@@ -34,7 +34,7 @@ class InferenceConfig(Section):
 
     inference_length: int = Field(100, gt=0)  # steps of the emulator
     chunk_size: int = Field(500, gt=0)  # states per file; one chunk of every start is held in memory
-    checkpoints: list[str] | None = None  # e.g. ["best", "prune3_remaining_50.0"]; default: all results
+    checkpoints: list[str] | None = None  # names or patterns, e.g. ["best", "prune3*"]; default: all results
     n_starts: int = Field(4, gt=0)  # initial states, spread evenly over the data
     start_frames: list[int] | None = None  # frame numbers to start from, in place of n_starts
     save_every: int = Field(1, gt=0)  # keep every n-th state
@@ -89,12 +89,11 @@ def choose_checkpoints(
     settings: InferenceConfig,
 ) -> dict[str, Path]:  # name in the run folder: file
     "Those named, else all results of the run, else the one the config starts from."
-    for name in settings.checkpoints or []:
-        if not run.has(name):
-            there = ", ".join(sorted(p.stem for p in run.checkpoints.glob("*.tar"))) or "none"
-            told = f"inference.checkpoints: no checkpoint {name} in {run.checkpoints}"
-            raise LabError(f"{told}; there are: {there}")
-    if named := settings.checkpoints or results_in(run.checkpoints):
+    try:
+        named = results_in(run.checkpoints, settings.checkpoints)
+    except LabError as error:
+        raise LabError(f"inference.checkpoints: {error}") from None
+    if named:
         return {name: run.checkpoints / f"{name}.tar" for name in named}
     path = run.start_checkpoint()
     return {path.stem: path}

@@ -16,7 +16,7 @@ class ForecastConfig(Section):
 
     max_leadtime: int = Field(40, ge=1)  # longest lead, in steps
     n_ensembles: int = Field(10, ge=1)  # initial states, spread evenly over the test frames
-    checkpoints: list[str] | None = None  # names; default best and every pruning stage
+    checkpoints: list[str] | None = None  # names or patterns; default: all results
     threshold: float = Field(0.6, gt=-1, lt=1)  # one horizon is the first lead with ACC below it
     linear: bool = True  # score a linear model (POD and vector autoregression) as well
     ceiling: bool = True  # score the solver's own forecasts as well, and measure its Lyapunov exponent

@@ -7,6 +7,7 @@ __all__ = ['ROLES', 'Identity', 'order', 'parse_name', 'as_state', 'identity_of'
            'attributes', 'identity_from']
 
 # %% ../../nbs/lab/03_checkpoints.ipynb #05770d14
+import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -113,21 +114,29 @@ def _listed(path: Path) -> Identity:
         return parse_name(path.stem)
 
 
+def _is_pattern(name: str) -> bool:
+    "Whether a name stands for several: `prune*`."
+    return any(mark in name for mark in "*?[")
+
+
 def results_in(
     folder: str | PathLike,  # of checkpoints
-    wanted: Iterable[str] | None = None,  # names, in this order; None for every result
+    wanted: Iterable[str] | None = None,  # names and patterns of results, in this order; None for every result
 ) -> dict[str, Identity]:  # by name, in order
-    "The models in a folder. Raises `LabError` for a name that is not there."
+    "The models in a folder. Raises `LabError` for a name or a pattern that is of none."
     paths = (path for path in Path(folder).glob("*.tar") if not path.name.startswith("."))
     files = {path.stem: path for path in paths}
+    plain = wanted is not None and not any(map(_is_pattern, wanted))
+    found = [] if plain else [known for known in map(_listed, files.values()) if known.result]
+    results = {known.name: known for known in sorted(found, key=order)}
     if wanted is None:
-        found = [identity for identity in map(_listed, files.values()) if identity.result]
-        return {identity.name: identity for identity in sorted(found, key=order)}
-    missing = [name for name in wanted if name not in files]
+        return results
+    parts = {part: fnmatch.filter(results, part) if _is_pattern(part) else [part] for part in wanted}
+    missing = [part for part, names in parts.items() if not {*names} & files.keys()]
     if missing:
         there = ", ".join(sorted(files)) or "none"
         raise LabError(f"no checkpoint {', '.join(missing)} in {folder}; it holds {there}")
-    return {name: identify(files[name]) for name in wanted}
+    return {name: identify(files[name]) for names in parts.values() for name in names}
 
 # %% ../../nbs/lab/03_checkpoints.ipynb #4a4abd30
 def check_owner(
