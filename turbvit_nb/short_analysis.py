@@ -66,7 +66,9 @@ def score_baselines(
         return known
     states, spectrum = baseline_states(starts, fits), _ceiling_spectrum(run, starts, checkpoint)
     if spectrum is not None:
-        states["ceiling"] = lambda group: twin_states(starts, group, spectrum)
+        solved = lambda group: twin_states(starts, group, spectrum)
+        steps = dict(total=starts.leads, desc="the solver's own forecasts")
+        states["ceiling"] = lambda group: progress(solved(group), **steps)
     names = [name for name in FORECASTS if name in states]
     score = lambda name: score_forecast(starts, name, states[name])
     scores = xr.concat(list(map(score, progress(names, desc="forecasts to compare with"))), "forecast")

@@ -20,6 +20,7 @@ from .keys import ForecastConfig, analysis_settings
 from .scores import by_lead, with_vorticity
 from .starts import Starts, emulate, one_step_error
 from ..lab.config import LabError
+from ..lab.progress import Meter
 from ..lab.runs import Run, atomic, earlier
 from ..model import Emulator
 from ..physics.ensembles import energy_score, fair_crps, rank_histogram, spread_skill
@@ -71,8 +72,14 @@ def _measured(starts: Starts, settings: ForecastConfig) -> dict[str, float]:
         raise LabError(f"{said}; give at least {8 * TAU:g} time units, or 0")
     chosen = starts.samples[:: math.ceil(len(starts.samples) / 4)]
     x = starts.dataset.__getitems__(chosen)["x"][:, :, 0].double().to(starts.device)
-    advance, omega, spin = solver_step(starts.flows[0]), Grid.of(x).vorticity(x), min(20, intervals)
-    found = lyapunov_exponent(advance, omega, TAU, intervals, spin=spin, level=settings.level)
+    solve, omega, spin = solver_step(starts.flows[0]), Grid.of(x).vorticity(x), min(20, intervals)
+    with Meter(spin + intervals, desc="two flows drift apart") as meter:
+
+        def advance(fields: Tensor, tau: float) -> Tensor:
+            meter.update()
+            return solve(fields, tau)
+
+        found = lyapunov_exponent(advance, omega, TAU, intervals, spin=spin, level=settings.level)
     return dict(zip(_EXPONENT, (found.exponent, found.low, found.high)))
 
 
