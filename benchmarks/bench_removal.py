@@ -7,14 +7,17 @@
 
 One step of each emulator in eager float32, its projection included, all in one process, taking turns. Ratios to the dense model
 are medians over the rounds, with the quartiles in brackets; `possible` is the ratio of the operations that the cards count. The
-masked model has the same zeros and the dense model's shapes.
+masked model has the same zeros and the dense model's shapes. The last rows are what else is said to make sparse or large models fast:
+90 % of the weights zero in compressed sparse rows (CSR), and bfloat16.
 """
 import argparse
 import time
+import warnings
 from copy import deepcopy
 
 import numpy as np
 import torch
+from torch import nn
 
 from turbvit_nb.compress.criteria import random
 from turbvit_nb.compress.latency import channel_flops, head_flops, interleaved, measure_latency
@@ -41,8 +44,49 @@ def built(**keys) -> Emulator:
     return emulator.eval()
 
 
-def variants(dense: Emulator) -> dict[str, Emulator]:
-    "The dense emulator, smaller ones, and one that is only masked."
+class SparseLinear(nn.Module):
+    "A linear layer whose weight is kept in compressed sparse rows."
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.weight, self.bias = linear.weight.detach().to_sparse_csr(), linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return (self.weight @ flat.T).T.reshape(*x.shape[:-1], -1) + self.bias
+
+
+def in_sparse_rows(model: nn.Module) -> nn.Module:
+    "The model with all its linear layers in CSR."
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, SparseLinear(child))
+    return model
+
+
+class InBfloat16(nn.Module):
+    "The model under autocast."
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+def sparse(dense: Emulator) -> Emulator:
+    "A copy with 90 % of the weights of every layer zero."
+    weights = unit_named("weight").pieces(dense)
+    return select(Masks.dense(prunable(dense)), random(dense), Step(1, 0.1, 0), weights, "layer").apply(deepcopy(dense))
+
+
+def variants(dense: Emulator) -> dict[str, nn.Module]:
+    "The dense emulator, smaller ones, those that are only masked, and other ways to compute."
     found, scores = {"dense": dense}, random(dense)
     for name, words in REMOVED.items():
         pieces = unit_named(words).pieces(dense)
@@ -50,7 +94,9 @@ def variants(dense: Emulator) -> dict[str, Emulator]:
         if words[-1] == "channel" and len(words) == 2:
             found["half of both, only masked"] = masks.apply(deepcopy(dense))
         found[name] = materialize(dense, masks)
-    return found
+    found["90 % of the weights, only masked"] = sparse(dense)
+    found["90 % of the weights, in CSR"] = in_sparse_rows(sparse(dense))
+    return found | {"dense, bfloat16": InBfloat16(dense), "half of both, bfloat16": InBfloat16(found["half of both"])}
 
 
 @torch.no_grad()
@@ -60,7 +106,9 @@ def compare(title: str, keys: dict, batch: int, rounds: int, clock: str) -> None
     models = variants(built(**keys))
     x = torch.randn(batch, 2, 1, keys["img_size"], keys["img_size"])
     times = interleaved({name: lambda model=model: model(x) for name, model in models.items()}, rounds, clock=CLOCKS[clock])
-    rows, costs = [], {name: card(model) for name, model in models.items()}
+    plain = {name: getattr(model, "model", model) for name, model in models.items()}
+    plain["90 % of the weights, in CSR"] = plain["90 % of the weights, only masked"]
+    rows, costs = [], {name: card(model) for name, model in plain.items()}
     for name, spent in times.items():
         low, ratio, high = np.quantile(np.array(times["dense"]) / np.array(spent), [0.25, 0.5, 0.75])
         possible = costs["dense"]["flops"] / costs[name]["flops"]
