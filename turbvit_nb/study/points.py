@@ -262,6 +262,11 @@ class Point:
         "The fraction of the prunable weights that is left."
         return float(np.mean([entry.remaining for entry in self.entries.values()]))
 
+    @property
+    def stays(self) -> float:
+        "The same, of a model that is physically smaller too: the fraction of the weights it was made from."
+        return float(np.mean([entry.identity.remaining for entry in self.entries.values()])) / 100
+
     def values(self, measure: str) -> dict[int, float]:
         "A key of `MEASURES` by seed, as far as it is known."
         if measure not in self._known:
@@ -301,12 +306,14 @@ def points_of(
 def _labelled(points: list[Point]) -> list[Point]:
     "The points with labels; those that would share one get the keys in which they differ."
     for point in points:
-        point.label = label_of(point.family, point.about, point.left)
+        point.label = label_of(point.family, point.about, point.stays)
     for label in {point.label for point in points}:
         alike = [point for point in points if point.label == label]
         keys = [recipe_keys(next(iter(point.entries.values()))) for point in alike]
         differ = [k for k in dict.fromkeys(k for one in keys for k in one)
                   if len({str(one.get(k)) for one in keys}) > 1]
+        plain = [k for k in differ if not any(isinstance(one.get(k), list) for one in keys)]
+        differ = plain or differ  # a list makes a long name
         for n, (point, one) in enumerate(zip(alike, keys) if len(alike) > 1 else (), 1):
             told = [f"{key.split('.')[-1]} {one.get(key, '–')}" for key in differ[:2]]
             point.label = f"{label} ({', '.join(told) or n})"
