@@ -27,11 +27,13 @@ from ..forecast.reading import CRITERIA
 
 # %% ../../nbs/study/01_differences.ipynb #db294879
 def control_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    "The control with the same pruning stage: of the same run if there is one, else of the same seed and start."
+    "The control with the same pruning stage: of the same run, else of the same seed, start and finetuning."
     alike = lambda e: e.role == "control" and e.identity.stage == entry.identity.stage
     found = [other for other in entries if alike(other) and other.scores is not None]
     start = lambda e: e.setting.get("checkpoint_file")
-    apart = lambda e: (e.run != entry.run, e.seed != entry.seed, start(e) != start(entry))
+    tuned = lambda e: e.setting.get("finetuning")
+    own = lambda e: (e.run, e.seed, start(e), tuned(e))
+    apart = lambda e: [a != b for a, b in zip(own(e), own(entry))]
     return min(found, key=apart, default=None)
 
 
