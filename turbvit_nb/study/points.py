@@ -126,7 +126,7 @@ MEASURES = {
     "EOF 1": Measure(first_pattern, "overlap with the truth's"),
     "budget left over": Measure(left_over, "of its largest term", False),
     "strong vortices": Measure(strong_vortices, "of the truth's return level, less 1"),
-    "remaining": Measure(lambda e: e.remaining, "of the prunable weights", False),
+    "remaining": Measure(lambda e: e.identity.remaining / 100, "of the prunable weights", False),
     "parameters": Measure(_fact("parameters"), "", False),
     "FLOPs": Measure(_fact("flops"), "", False),
     "bytes": Measure(_fact("packed bytes", "bytes"), "bytes", False),
@@ -259,12 +259,7 @@ class Point:
 
     @property
     def left(self) -> float:
-        "The fraction of the prunable weights that is left."
-        return float(np.mean([entry.remaining for entry in self.entries.values()]))
-
-    @property
-    def stays(self) -> float:
-        "The same, of a model that is physically smaller too: the fraction of the weights it was made from."
+        "The fraction of the prunable weights that is left, of those that the dense model had."
         return float(np.mean([entry.identity.remaining for entry in self.entries.values()])) / 100
 
     def values(self, measure: str) -> dict[int, float]:
@@ -306,7 +301,7 @@ def points_of(
 def _labelled(points: list[Point]) -> list[Point]:
     "The points with labels; those that would share one get the keys in which they differ."
     for point in points:
-        point.label = label_of(point.family, point.about, point.stays)
+        point.label = label_of(point.family, point.about, point.left)
     for label in {point.label for point in points}:
         alike = [point for point in points if point.label == label]
         keys = [recipe_keys(next(iter(point.entries.values()))) for point in alike]
