@@ -94,8 +94,8 @@ class Entry:
 
     @property
     def remaining(self) -> float:
-        "The fraction of the prunable weights that is left: counted where the checkpoint is there."
-        return self.facts.get("remaining", self.identity.remaining / 100)
+        "The fraction of the prunable weights that is left, of those that the dense model had."
+        return self.identity.remaining / 100
 
     @property
     def seed(self) -> int:

@@ -123,7 +123,7 @@ def _dots(points: Sequence[Point], xs: Sequence[float], ys: Sequence[float]) -> 
 SHORT = 16  # letters of a name that is written beside its point
 
 
-def _names(points: Sequence[Point], xs: np.ndarray, ys: np.ndarray) -> list:
+def _names(points: Sequence[Point], xs: Sequence[float], ys: Sequence[float]) -> list:
     "The names of the points where they are short, else numbers, which `front_table` explains."
     short = all(len(point.label) <= SHORT for point in points)
     look = {"halign": "left", "valign": "bottom", "fontsize": 7, "rotation": 30 * short}
@@ -167,14 +167,14 @@ def pareto_figure(
     "A measure against a cost, means over seeds with intervals, and the front as a dotted line."
     known = [point for point in points if point.values(measure) and point.values(cost)]
     ends = [point.summary(measure) for point in known]
-    xs = np.array([point.summary(cost)[0] for point in known])
-    ys = np.array([one[0] for one in ends])
-    order = [known.index(point) for point in _front(known, measure, cost)]
-    line = hv.Curve((xs[order], ys[order]), "x", "y").opts(color="#aaaaaa", linewidth=1.2,
-                                                           linestyle=":")
+    xs, ys = [point.summary(cost)[0] for point in known], [one[0] for one in ends]
+    front = _front(points, measure, cost)
+    edge = [[point.summary(name)[0] for point in front] for name in (cost, measure)]
+    line = hv.Curve(tuple(edge), "x", "y")
+    line = line.opts(color="#aaaaaa", linewidth=1.2, linestyle=":")
     parts = [line, *(bar for p, x, one in zip(known, xs, ends)
                      for bar in _bar(x, one, FAMILY_COLOURS[p.family]))]
-    parts += _dots(known, xs, ys) + _names([known[i] for i in order], xs[order], ys[order])
+    parts += _dots(known, xs, ys) + _names(front, *edge)
     unit = lambda name: f"{name} ({of})" if (of := MEASURES[name].unit) not in ("", name) else name
     look = {"logx": True, "xlabel": unit(cost), "ylabel": unit(measure),
             "legend_limit": 10**6, "hooks": [plain_logs(1.4)], "aspect": 1.4,

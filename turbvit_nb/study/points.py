@@ -126,7 +126,7 @@ MEASURES = {
     "EOF 1": Measure(first_pattern, "overlap with the truth's"),
     "budget left over": Measure(left_over, "of its largest term", False),
     "strong vortices": Measure(strong_vortices, "of the truth's return level, less 1"),
-    "remaining": Measure(lambda e: e.identity.remaining / 100, "of the prunable weights", False),
+    "remaining": Measure(lambda e: e.remaining, "of the prunable weights", False),
     "parameters": Measure(_fact("parameters"), "", False),
     "FLOPs": Measure(_fact("flops"), "", False),
     "bytes": Measure(_fact("packed bytes", "bytes"), "bytes", False),
@@ -260,7 +260,7 @@ class Point:
     @property
     def left(self) -> float:
         "The fraction of the prunable weights that is left, of those that the dense model had."
-        return float(np.mean([entry.identity.remaining for entry in self.entries.values()])) / 100
+        return float(np.mean([entry.remaining for entry in self.entries.values()]))
 
     def values(self, measure: str) -> dict[int, float]:
         "A key of `MEASURES` by seed, as far as it is known."

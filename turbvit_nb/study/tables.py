@@ -41,7 +41,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
     rows = []
     for entry in entries:
         counts = {name: short_count(entry.facts[name]) for name in ("parameters", "flops", "bytes") if name in entry.facts}
-        left = {"weights left": f"{entry.identity.remaining:.0f} %"}
+        left = {"weights left": f"{100 * entry.remaining:.0f} %"}
         row = {"": entry.label, "role": entry.role, "network": entry.facts.get("model")} | left | counts
         if "ms" in entry.facts:
             ends = (entry.facts[f"ms{end}"] for end in ("", " low", " high"))

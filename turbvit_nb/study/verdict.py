@@ -108,7 +108,7 @@ def _horizon_words(entry: Entry, control: Entry) -> tuple[list[str], set[str]]:
 # %% ../../nbs/study/03_verdict.ipynb #ab595ad7
 def _told(entry: Entry) -> str:
     "A pruned model and what is left of it."
-    return f"{entry.label} ({entry.identity.remaining:.0f} % of the weights)"
+    return f"{entry.label} ({100 * entry.remaining:.0f} % of the weights)"
 
 
 def forecast_finding(entry: Entry, control: Entry) -> Finding:
