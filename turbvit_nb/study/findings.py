@@ -18,11 +18,12 @@ import numpy as np
 from ..lab.plots import Table, interval_text
 from .costs import reference_of
 from .damage import eaten_first, forecast_damage, last_shell
+from .differences import controls
 from .entries import CompareConfig, Entry
 from .overlap import agreement_table, agreements
 from .pareto import against_rivals, hollow
 from turbvit_nb.study.points import (
-    Point, change, climate_rows, controls, cost_rows, over_seeds, points_of, skill_rows, starts,
+    Point, change, climate_rows, cost_rows, over_seeds, points_of, skill_rows, starts,
 )
 from turbvit_nb.study.ranking import (
     Contest, Ranked, comparable, contests, percents, ranking, ranking_table, rows_of, sustained,
