@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from fields import packed_run
-from turbvit_nb.datasets import Batches, DatasetConfig, Symmetries, open_dataset
+from turbvit_nb.datasets import Batches, DatasetConfig, open_dataset
 from turbvit_nb.physics.py2d import Regime, TreeWriter, open_store
+from turbvit_nb.physics.symmetries import Symmetries
 
 TARGET = {64: 10_000, 256: 600}
 

@@ -110,7 +110,7 @@ def compare(title: str, keys: dict, batch: int, rounds: int, clock: str) -> None
     plain["90 % of the weights, in CSR"] = plain["90 % of the weights, only masked"]
     rows, costs = [], {name: card(model) for name, model in plain.items()}
     for name, spent in times.items():
-        low, ratio, high = np.quantile(np.array(times["dense"]) / np.array(spent), [0.25, 0.5, 0.75])
+        low, ratio, high = np.quantile(times["dense"] / spent, [0.25, 0.5, 0.75])
         possible = costs["dense"]["flops"] / costs[name]["flops"]
         rows.append({
             "model": name, "ms": round(float(np.median(spent)), 1), "times faster": f"{ratio:.2f} [{low:.2f}, {high:.2f}]",

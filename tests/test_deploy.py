@@ -14,7 +14,8 @@ from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.runs import open_run, read_checkpoint, write_checkpoint
 from turbvit_nb.long_analysis import long_analysis
-from turbvit_nb.model import FEATURES, ModelConfig, Normaliser, create_emulator, emulator_state, evaluating, load_emulator, rollout
+from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state, evaluating, load_emulator, rollout
+from turbvit_nb.networks.transformers import FEATURES
 from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.study.entries import gather
 from turbvit_nb.study.shown import collect

@@ -86,10 +86,11 @@ ROOMS = {  # a folder: what its modules may import
     "data": {"data"} | {"physics", "lab"},
     "lab": {"lab"},
     "networks": {"networks", "layers", "lab"},
-    "compress": {"compress", "networks", "model", "datasets"} | GROUND,
+    "emulators": {"emulators", "lab"},
+    "compress": {"compress", "emulators", "networks", "model", "datasets"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
-    "study": {"study", "climate", "forecast", "compress", "networks", "model", "datasets"} | GROUND,
+    "study": {"study", "climate", "forecast", "compress", "emulators", "networks", "model", "datasets"} | GROUND,
 }
 HANDED_ON = {"prune": {"train"}, "distil": {"train"}}  # what one chapter takes from another: finetuning is a training
 

@@ -18,7 +18,8 @@ import xarray as xr
 from torch import nn
 
 from turbvit_nb import short_analysis as chapter
-from turbvit_nb.datasets import DatasetConfig, GenerateConfig, generate, open_dataset
+from turbvit_nb.data.generate import GenerateConfig, generate
+from turbvit_nb.datasets import DatasetConfig, open_dataset
 from turbvit_nb.forecast import baselines, ceiling, reading
 from turbvit_nb.forecast import starts as begin
 from turbvit_nb.forecast.ceiling import score_ensemble

@@ -49,7 +49,7 @@ def test_every_page_is_sound(tmp_path):
     "`make docs-check` on the whole library, the committed runs, and two runs made here, in a process of its own, because nbdev executes what it documents."
     runs = tmp_path / "runs"
     made_run(runs / "vit", f"written to {ROOT}/data/x\n")
-    made_run(runs / "study/small", "0.5\n")
+    made_run(runs / "group/small", "0.5\n")
     for name in committed_runs():
         os.symlink(ROOT / "runs" / name, runs / name)
     command = [sys.executable, ROOT / "tools/site.py", "check", "--target", tmp_path / "proc", "--runs", runs]

@@ -110,7 +110,7 @@ class Stages:
 
     def pieces(self, pruning: Pruning) -> Pieces:
         "What is kept or removed as one piece."
-        return unit_named(self.wanted.unit).pieces(pruning.emulator)
+        return unit_named(self.wanted.unit).pieces(pruning.emulator, self.wanted.keep)
 
 # %% ../nbs/03_prune.ipynb #83b93e84
 @patch

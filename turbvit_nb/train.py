@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from turbvit_nb.datasets import (
-    Batches, FrameDataset, Symmetries, check_disjoint,
+    Batches, FrameDataset, check_disjoint,
     climatology, ensure_data, open_dataset, statistics,
 )
 from .forecast.validation import Validation, can_roll
@@ -27,6 +27,7 @@ from .lab.training import LoopConfig, fit
 from turbvit_nb.model import (
     Emulator, Kind, ModelConfig, create_emulator, emulator_state, load_emulator, load_weights, losses,
 )
+from .physics.symmetries import Symmetries
 
 # %% ../nbs/02_train.ipynb #7417906a
 class TrainingConfig(LoopConfig):

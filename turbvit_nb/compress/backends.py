@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .masks import prunable
 from .programs import Program, calibrate, graph, lowered, quantised
+from ..emulators.files import registered
 from ..lab.config import LabError, hint
-from ..model import FEATURES, NETWORKS, Emulator, Kind, Normaliser, _registered
-from ..model import card, create_model, register
+from ..model import Emulator, Kind, Normaliser, card, create_model, register
+from ..networks.transformers import FEATURES, NETWORKS
 
 # %% ../../nbs/compress/11_backends.ipynb #7fd528a1
 Step = Callable[[Tensor, Tensor | None], Tensor]  # frames and flow parameters to the next frames
@@ -71,7 +72,7 @@ def backend_named(
 def _program(kept: Mapping[str, Tensor], about: Mapping[str, Any]) -> Program:
     "A program around its weights."
     config, module = about["config"], about["network_module"]
-    _registered(NETWORKS, config["model_type"], module, "the deployed checkpoint")
+    registered(NETWORKS, config["model_type"], module, "the deployed checkpoint")
     with torch.random.fork_rng(devices=[]):
         network = create_model(**config)
     statistics = Normaliser(**about["statistics"])

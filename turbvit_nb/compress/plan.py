@@ -40,6 +40,7 @@ class PruningConfig(ScheduleConfig):
     masks_from: str | None = None  # a checkpoint whose masks are taken over: nothing is scored
     unit: str | list[str] = "weight"  # or head, channel, block, row, n:m, a list of such words
     scope: str = "global"  # layer, row, unit, ms; row for wanda and sparsegpt unless said
+    keep: list[str] = []  # layers that nothing is taken from, as "*patch_embed*"
     score_batches: int = Field(16, gt=0)  # of training samples that criteria look at
     score_batch_size: int | None = Field(None, gt=0)  # samples in each; None: as in [finetuning]
     score_chunk: int | None = Field(None, gt=0)  # gradients at once; None: 1 on a CPU, else 16
@@ -119,7 +120,7 @@ def rehearse(
     pruning: Pruning,  # where it would start
 ) -> list[Step]:
     "The steps, tried on the masks alone. Raises `LabError` for what cannot be carried out."
-    pieces, masks = unit_named(wanted.unit).pieces(pruning.emulator), pruning.masks
+    pieces, masks = unit_named(wanted.unit).pieces(pruning.emulator, wanted.keep), pruning.masks
     if wanted.scope == "ms":  # what a piece takes is not measured yet
         return wanted.plan()
     if wanted.importance_metric in NEEDS_OPTIMIZER and pruning.optimizer_state is None:

@@ -8,8 +8,9 @@ __all__ = ['Owners', 'Finder', 'UNITS', 'STRUCTURES', 'Part', 'Pieces', 'as_matr
 
 # %% ../../nbs/compress/04_units.ipynb #0c714744
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 
 import torch
 from fastcore.basics import patch
@@ -248,13 +249,17 @@ class Unit:
 def pieces(
     self: Unit,
     model: nn.Module,  # a network, or the emulator around it
+    keep: Sequence[str] = (),  # patterns of layers that no piece is taken from, as "*patch_embed*"
 ) -> Pieces:
     "The pieces of a model. Raises `LabError` where it has none, or where two would share a weight."
+    _check_kept(keep, prunable(model))
     parts, start, none = [], 0, lambda p: torch.full_like(p, -1, dtype=torch.int32)
     owners = {name: none(p) for name, p in prunable(model).items()}
     for kind, finder in zip(self.kinds, self.finders):
         before = start
         for part, tables in finder(model):
+            if any(_is_of(part.layer, pattern) for pattern in keep):
+                continue
             for name, table in tables.items():
                 if (owners[name] >= 0).any():
                     told = f"unit = {list(self.kinds)}: {name} would belong to two pieces"
@@ -266,6 +271,18 @@ def pieces(
             has = f"the {type(getattr(model, 'network', model)).__name__} has no {kind} to remove"
             raise LabError(f"unit = '{kind}': {has}; use weight, row or n:m")
     return Pieces(parts, owners)
+
+
+def _is_of(layer: str, pattern: str) -> bool:
+    "Whether a pattern names a layer or what it is in."
+    return fnmatch(layer, pattern) or fnmatch(layer, f"{pattern}.*")
+
+
+def _check_kept(keep: Sequence[str], layers: Iterable[str]) -> None:
+    "Raise `LabError` for a pattern that is of no layer."
+    for pattern in keep:
+        if not any(_is_of(name, pattern) for name in layers):
+            raise LabError(f"keep = {pattern!r} is of no layer; there are: {', '.join(layers)}")
 
 # %% ../../nbs/compress/04_units.ipynb #749a91ba
 def unit_named(

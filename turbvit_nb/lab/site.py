@@ -272,14 +272,16 @@ def _head(title: str, description: str, name: str) -> NotebookNode:
 
 # %% ../../nbs/lab/13_site.ipynb #c0de0512
 def study_page(folder: Path) -> str:
-    "What the comparison of a study found, as HTML: sentences, then tables; empty where it has found nothing."
+    "What a study found as a whole, as HTML: sentences, then tables; empty where it has found nothing."
     file = folder / "comparison.json"
     told = json.loads(file.read_text(encoding="utf-8")).get("study") if file.exists() else None
     if not told:
         return ""
-    found = [{"": part["sign"], "what was found": part["sentence"]} for part in told["findings"]]
+    whole = [part for part in told["findings"] if part.get("about", "study") in ("study", "belief")]
+    line = lambda part: f"<li>{html.escape(part['sign'])} {html.escape(part['sentence'])}</li>"
+    said = "".join(map(line, whole))
     tables = [Table(table["rows"], table["caption"]) for table in told["tables"].values()]
-    return "\n".join(table._repr_html_() for table in [Table(found), *tables])
+    return "\n".join([f"<ul>{said}</ul>", *(table._repr_html_() for table in tables)])
 
 # %% ../../nbs/lab/13_site.ipynb #a2d4a678
 def run_page(

@@ -20,7 +20,8 @@ from ..compress.latency import interleaved
 from ..lab.config import LabError
 from ..lab.progress import note
 from ..lab.runs import Run, atomic
-from ..model import FEATURES, Kind, evaluating, load_emulator
+from ..model import Kind, evaluating, load_emulator
+from ..networks.transformers import FEATURES
 from .entries import CompareConfig, Entry
 
 # %% ../../nbs/study/09_costs.ipynb #546efd3f

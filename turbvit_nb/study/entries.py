@@ -23,7 +23,7 @@ from pydantic import Field
 from ..compress.backends import facts
 from ..compress.masks import prunable
 from ..lab.checkpoints import Identity, identity_from, parse_name
-from ..lab.config import LabError, Section, read_toml, run_folder
+from ..lab.config import LabError, Section, load_config, read_toml, run_folder
 from ..lab.runs import Run
 from ..model import Emulator, Kind, load_emulator
 
@@ -94,8 +94,8 @@ class Entry:
 
     @property
     def remaining(self) -> float:
-        "The fraction of the prunable weights that is left: counted where the checkpoint is there."
-        return self.facts.get("remaining", self.identity.remaining / 100)
+        "The fraction of the prunable weights that is left, of those that the dense model had."
+        return self.identity.remaining / 100
 
     @property
     def seed(self) -> int:
@@ -186,6 +186,16 @@ def gather(
 _BARE = "has no analyses; run 05_short_analysis and 06_long_analysis on it"
 
 
+def _setting(config: Path) -> dict:
+    "A run's config with the defaults of keys that came later; as it was written where this version cannot read it."
+    if not config.exists():
+        return {}
+    try:
+        return load_config(config).to_dict()
+    except LabError:
+        return read_toml(config)
+
+
 def entries_of(run: str, folder: Path) -> tuple[list[Entry], list[str]]:
     "The entries of one run, without their cost, and what it lacks as a whole."
     scores, climates, missing = read_short(folder), read_long(folder), []
@@ -196,8 +206,7 @@ def entries_of(run: str, folder: Path) -> tuple[list[Entry], list[str]]:
     names = list(dict.fromkeys([*scores, *(name for name in climates if name != "truth")]))
     if not names:
         missing.append(f"{run} {_BARE}")
-    config = folder / "config.toml"
-    entries, setting = [], read_toml(config) if config.exists() else {}
+    entries, setting = [], _setting(folder / "config.toml")
     for name in names:
         results = scores.get(name), climates.get(name)
         identity = result_identity(name, *results)

@@ -18,11 +18,12 @@ import numpy as np
 from ..lab.plots import Table, interval_text
 from .costs import reference_of
 from .damage import eaten_first, forecast_damage, last_shell
+from .differences import controls
 from .entries import CompareConfig, Entry
 from .overlap import agreement_table, agreements
 from .pareto import against_rivals, hollow
 from turbvit_nb.study.points import (
-    Point, change, climate_rows, controls, cost_rows, over_seeds, points_of, skill_rows, starts,
+    Point, change, climate_rows, cost_rows, over_seeds, points_of, skill_rows, starts,
 )
 from turbvit_nb.study.ranking import (
     Contest, Ranked, comparable, contests, percents, ranking, ranking_table, rows_of, sustained,
@@ -228,12 +229,12 @@ def beats_small(study: Study) -> Finding:
 # %% ../../nbs/study/15_findings.ipynb #75379f35
 def ahead(study: Study, one: str, other: str) -> tuple[float, float, float, int]:
     "By how much one criterion's horizon is beyond the other's, mean over all contests; interval."
-    of, by_seed = (lambda p, seed: p.values("horizon").get(seed, math.nan)), {}
+    by_seed = {}
     for contest, _ in study.contests:
         if {one, other} <= contest.points.keys():
-            for seed in contest.seeds:
-                pair = [of(contest.points[name], seed) for name in (one, other)]
-                by_seed.setdefault(seed, []).append(pair[0] / pair[1] - 1)
+            mine, theirs = (contest.points[name].values("horizon") for name in (one, other))
+            for seed in sorted(mine.keys() & theirs.keys()):
+                by_seed.setdefault(seed, []).append(mine[seed] / theirs[seed] - 1)
     return *over_seeds(float(np.mean(values)) for values in by_seed.values()), len(by_seed)
 
 
@@ -346,7 +347,7 @@ def climates(study: Study) -> list[Finding]:
         named = f"blown up: {', '.join(blown[:6])}{more}"
         told = named if blown else "none has blown up"
         said.append(Finding("worse" if blown else "none", "study",
-                            f"Of {len(rolled)} models that were rolled out for long, {told}."))
+                            f"Of {len(rolled)} model{'s' * (len(rolled) > 1)} rolled out for long, {told}."))
     return said
 
 
@@ -421,8 +422,8 @@ def study_json(study: Study, said: Sequence[Finding]) -> dict:
     return {"points": points, "tables": tables, "findings": findings}
 
 # %% ../../nbs/study/15_findings.ipynb #139cabe8
-def featured(study: Study, most: int = 10) -> list[Entry]:
-    "A few entries that stand for the study, all of one seed, the reference first."
+def featured(study: Study) -> list[Entry]:
+    "A few entries that stand for the study, all of one seed, the reference first, with their controls."
     if len(study.entries) <= MANY:
         return study.entries
     chosen = [study.reference] if study.reference else []
@@ -438,4 +439,4 @@ def featured(study: Study, most: int = 10) -> list[Entry]:
     seed = min(study.reference.entries) if study.reference else 0
     found = [p.entries.get(seed, next(iter(p.entries.values()))) for p in dict.fromkeys(chosen)]
     controls = [study.controls[entry] for entry in found if entry in study.controls]
-    return list(dict.fromkeys([*found, *controls]))[:most]
+    return list(dict.fromkeys([*found, *controls]))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'FAMILIES', 'PLANTED', 'SPARSE', 'over_seeds', 'reach', 'one_step', 'climate_distance', 'blow_ups',
-           'first_pattern', 'left_over', 'strong_vortices', 'Measure', 'recipe_keys', 'recipe', 'taught', 'family',
-           'features', 'label_of', 'Point', 'points_of', 'extra_training', 'controls', 'starts', 'change',
-           'planted_entry', 'planted_study', 'skill_rows', 'climate_rows', 'cost_rows']
+           'first_pattern', 'left_over', 'strong_vortices', 'Measure', 'recipe_keys', 'recipe', 'family', 'features',
+           'label_of', 'Point', 'points_of', 'starts', 'change', 'planted_entry', 'planted_study', 'skill_rows',
+           'climate_rows', 'cost_rows']
 
 # %% ../../nbs/study/10_points.ipynb #a225015f
 import json
@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ..lab.checkpoints import parse_name
 from ..lab.plots import Table, interval_text
 from ..physics.metrics import horizon
 from .costs import reference_of
+from .differences import controls, start_of, taught
 from .entries import Entry, synthetic_entry
 from .tables import short_count, unbroken
 
@@ -174,14 +174,6 @@ def recipe(entry: Entry) -> str:
 FAMILIES = ("dense", "small dense", "control", "pruned", "distilled", "deployed")
 
 
-def taught(entry: Entry) -> bool:
-    "Whether a teacher helped to make it."
-    said = entry.setting.get("distillation", {})
-    rollout = said.get("rollout_weight", 0) if said.get("rollout_steps") else 0
-    return any((said.get("distill_weight", 0), said.get("hidden_weight", 0),
-                said.get("spectral_weight", 0), rollout))
-
-
 def _network(entry: Entry) -> str:
     "The type of its network."
     return entry.facts.get("model", "")
@@ -259,7 +251,7 @@ class Point:
 
     @property
     def left(self) -> float:
-        "The fraction of the prunable weights that is left."
+        "The fraction of the prunable weights that is left, of those that the dense model had."
         return float(np.mean([entry.remaining for entry in self.entries.values()]))
 
     def values(self, measure: str) -> dict[int, float]:
@@ -307,58 +299,19 @@ def _labelled(points: list[Point]) -> list[Point]:
         keys = [recipe_keys(next(iter(point.entries.values()))) for point in alike]
         differ = [k for k in dict.fromkeys(k for one in keys for k in one)
                   if len({str(one.get(k)) for one in keys}) > 1]
+        plain = [k for k in differ if not any(isinstance(one.get(k), list) for one in keys)]
+        differ = plain or differ  # a list makes a long name
         for n, (point, one) in enumerate(zip(alike, keys) if len(alike) > 1 else (), 1):
             told = [f"{key.split('.')[-1]} {one.get(key, '–')}" for key in differ[:2]]
             point.label = f"{label} ({', '.join(told) or n})"
     return points
 
 # %% ../../nbs/study/10_points.ipynb #36617086
-def extra_training(entry: Entry) -> tuple | None:
-    "Epochs of finetuning until an entry's stage, and their steps; None where it is not said."
-    epochs = entry.setting.get("pruning", {}).get("epoch_schedule")
-    if not entry.identity.stage or epochs is None:
-        return None
-    each = epochs if isinstance(epochs,
-        list) and len(epochs) > 1 else np.ravel(epochs).tolist() * entry.identity.stage
-    spent = sum(each[: entry.identity.stage])
-    return spent, entry.setting.get("finetuning", {}).get("steps_per_epoch")
-
-
-def _start(entry: Entry) -> tuple[str, str]:
-    "Run and checkpoint that it was pruned from: named by `checkpoint_file`, or the best of its own run."
-    file = Path(entry.setting.get("checkpoint_file") or f"{entry.run}/checkpoints/best.tar")
-    return file.parts[-3] if len(file.parts) > 2 else "", file.stem
-
-
-def _from_where(entry: Entry) -> tuple:
-    "The checkpoint that it was pruned from, and the data it was trained on."
-    return _start(entry), entry.setting.get("train_dataset", {}).get("data_dir")
-
-
-def controls(entries: Sequence[Entry]) -> dict[Entry, Entry]:
-    "The control of every pruned entry: same seed, same start, same extra training."
-    same = lambda a, b: a.seed == b.seed and _from_where(a) == _from_where(b) and _trained_alike(a,
-                                                                                                 b)
-    found = {}
-    for entry in entries:
-        partners = [e for e in entries if e.role == "control" and same(entry, e)]
-        if entry.role in ("pruned", "materialised") and partners:
-            found[entry] = min(partners, key=lambda e: (taught(e) != taught(entry),
-                                                        e.run != entry.run))
-    return found
-
-
-def _trained_alike(a: Entry, b: Entry) -> bool:
-    "Whether two have had the same extra training; by their stage where a config does not say."
-    spent = extra_training(a), extra_training(b)
-    return a.identity.stage == b.identity.stage if None in spent else spent[0] == spent[1]
-
-
 def starts(entries: Sequence[Entry]) -> dict[Entry, Entry]:
     "The dense entry that others came from: named by `checkpoint_file`, or of the same run."
     dense = {(e.run, e.checkpoint): e for e in entries if e.role == "dense"}
-    others = [e for e in entries if e.role != "dense" and _start(e) in dense]
-    return {entry: dense[_start(entry)] for entry in others}
+    others = [e for e in entries if e.role != "dense" and start_of(e) in dense]
+    return {entry: dense[start_of(entry)] for entry in others}
 
 # %% ../../nbs/study/10_points.ipynb #b6763d9e
 def change(

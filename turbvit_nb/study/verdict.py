@@ -183,7 +183,8 @@ def _moved(means: Mapping[str, tuple], gaps: Mapping[str, tuple]) -> tuple[list[
 # %% ../../nbs/study/03_verdict.ipynb #868a588c
 def pruning_findings(entry: Entry, entries: Sequence[Entry]) -> list[Finding]:
     "What pruning did to forecast and climate, or why that cannot be said."
-    control, cannot = control_of(entry, entries), ""
+    scored = [e for e in entries if e.scores is not None]
+    control, cannot = control_of(entry, scored), ""
     if entry.scores is None:
         cannot = "no short analysis, so nothing can be said of its forecast"
     elif control is None:
