@@ -88,6 +88,7 @@ ROOMS = {  # a folder: what its modules may import
     "networks": {"networks", "layers", "lab"},
     "emulators": {"emulators", "lab"},
     "compress": {"compress", "emulators", "networks", "model", "datasets"} | GROUND,
+    "flow": {"flow", "emulators", "model", "datasets", "forecast"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
     "study": {"study", "climate", "forecast", "compress", "emulators", "networks", "model", "datasets"} | GROUND,

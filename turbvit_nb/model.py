@@ -147,6 +147,8 @@ def create_emulator(
     **settings,  # `step` and `input_step` of `Emulator`
 ) -> Emulator:  # untrained
     "The emulator that a `[model]` section describes."
+    if config.draws:
+        raise LabError(f"a {config.model_type} draws its answer: 14_flow trains it, in [flow]")
     network = create_model(**config.model_dump())
     chosen = dict(
         fields=tuple(config.fields),
@@ -226,6 +228,9 @@ def look(self: Emulator, state: State) -> Tensor:
     return state["new"]
 
 # %% ../nbs/00_model.ipynb #fd55f7f4
+_STATISTICS = ("mean", "std", "increment_std")
+
+
 @patch
 def to_state(self: Emulator) -> dict[str, Any]:
     "What a checkpoint holds: `model`, `emulator` and `model_state`."
@@ -254,9 +259,14 @@ def from_state(cls: Emulator, state: dict[str, Any], source: str) -> Emulator:
     with torch.random.fork_rng(devices=[]):
         network = create_model(**config)
     load_weights(network, state.get("ema_state") or state["model_state"], source)
-    settings = dict(state["emulator"])
-    normaliser = Normaliser(*(settings.pop(name) for name in ("mean", "std", "increment_std")))
-    return cls(network, normaliser, **settings)
+    statistics = (state["emulator"][name] for name in _STATISTICS)
+    return cls(network, Normaliser(*statistics), **cls.settings_from(state, source))
+
+
+@patch(cls_method=True)
+def settings_from(cls: Emulator, state: dict[str, Any], source: str) -> dict[str, Any]:
+    "The arguments that a checkpoint has for the constructor, without network and normaliser."
+    return {key: value for key, value in state["emulator"].items() if key not in _STATISTICS}
 
 # %% ../nbs/00_model.ipynb #d32f596a
 def load_legacy(

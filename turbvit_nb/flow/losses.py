@@ -52,7 +52,9 @@ def along(
     t: Tensor,  # (B,)
     v: Tensor,  # the velocity of z
 ) -> tuple[Tensor, Tensor]:
-    "u and its derivative along the trajectory with r held fixed, by one forward-mode derivative in the precision of z."
+    "u and its derivative along the trajectory with r held fixed, by one forward-mode derivative in the precision of z; 0 where no r is before t."
+    if not (r < t).any():
+        return u(z, r, t), torch.zeros_like(z)
     with torch.autocast(z.device.type, enabled=False):
         value, change = jvp(u, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
     return value, change.detach()

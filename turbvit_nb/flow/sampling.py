@@ -77,14 +77,14 @@ def jump(
 
 # %% ../../nbs/flow/02_sampling.ipynb #ee0bd066
 def guided(
-    v: Callable[[Tensor, Tensor, Tensor], Tensor],  # z, t, told (B,), whether a sample is told its label → v
+    v: Callable[..., Tensor],  # z, times, told (B,), whether a sample is told its label → v, or u
     scale: float,  # w
-) -> Velocity:
+) -> Callable[..., Tensor]:  # z, times → v, or u
     "The velocity with guidance: one call of v, on twice the samples."
 
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
+    def velocity(z: Tensor, *times: Tensor) -> Tensor:
         told = torch.arange(2 * len(z), device=z.device) < len(z)
-        with_label, without = v(torch.cat([z, z]), torch.cat([t, t]), told).chunk(2)
+        with_label, without = v(torch.cat([z, z]), *(torch.cat([t, t]) for t in times), told).chunk(2)
         return without + scale * (with_label - without)
 
     return velocity

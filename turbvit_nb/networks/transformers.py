@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'Width', 'FEATURES', 'NetworkConfig', 'network', 'ViTConf
 
 # %% ../../nbs/networks/00_transformers.ipynb #9bdd5930
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -30,9 +30,11 @@ class NetworkConfig(Section):
 
     model_type: str = "ViT"  # which network: a name in `NETWORKS`
     img_size: int = Field(gt=0)  # points per side N
-    num_frames: int = Field(1, gt=0)  # input frames T
+    num_frames: int = Field(1, ge=0)  # input frames T
     in_chans: int = Field(2, gt=0)  # fields C
     num_out_frames: int = Field(1, gt=0)  # frames T′ predicted at once, by a network that can
+
+    draws: ClassVar[bool] = False  # whether the network is told noise, and may have no input frames
 
     def divisions(self) -> list[tuple[str, str | int]]:
         "What must divide: pairs of a key and a key or a number."
