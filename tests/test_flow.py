@@ -1,0 +1,126 @@
+"""Generative emulators as a job: the same bits after a stop, members in inference, scores as of an ensemble, one line for a mistake."""
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+
+from same_bits import equal
+from turbvit_nb.climate.rollouts import open_rollouts
+from turbvit_nb.flow.generative import Generative
+from turbvit_nb.flow.job import train_flow
+from turbvit_nb.inference import infer
+from turbvit_nb.lab.config import LabError, load_config
+from turbvit_nb.lab.learner import Callback
+from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state, load_emulator
+from turbvit_nb.short_analysis import short_analysis
+
+FRAMES = {"data_dir": "flow", "target_step": 2, "input_step": 2}
+NETWORKS = {
+    "DiT": dict(patch_size=4, embed_dim=16, depth=1, num_heads=2),
+    "ToldUNet": dict(base_channels=8, depth=1),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def config(home: Path, name: str, network: str = "ToldUNet", model: dict = {}, **flow) -> Path:
+    "A config of a small job."
+    made = {
+        "output_dir": name, "seed": 3,
+        "generate": dict(data_dir="flow", Re=200, NX=16, dt=0.01, n_trajectories=1, n_frames=80, t_save=0.1),
+        "model": dict(model_type=network, img_size=16, target="absolute") | NETWORKS.get(network, {}) | model,
+        "train_dataset": FRAMES | {"frame_range": [[1, 31]]},
+        "validation_dataset": FRAMES | {"frame_range": [[31, 51]]},
+        "test_dataset": FRAMES | {"frame_range": [[51, 81]]},
+        "flow": dict(epochs=2, batch_size=8, rollout_steps=3, rollout_starts=2, rollout_members=2, precision="fp32") | flow,
+        "inference": dict(checkpoints=["best*"], inference_length=6, chunk_size=3, n_starts=2, members=2),
+        "analysis": dict(checkpoints=["best*"], max_leadtime=4, n_ensembles=4, members=3, ceiling=False, linear=False),
+    }
+    path = home / f"{name}.toml"
+    path.write_text(tomli_w.dumps(made))
+    return path
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", ["flow_matching", "meanflow", "improved_meanflow", "crps"])
+def test_every_method_trains_every_network(home, network, method):
+    learner, validation = train_flow(run := open_run(config(home, f"{network}_{method}", network, method=method, epochs=1), "flow"))
+    best = load_emulator(run.checkpoints / "best.tar")
+    assert (type(best), best.method, best.step, best.evaluations) == (Generative, method, 0.2, 1)
+    assert best.network.output.weight.abs().max() > 0
+    scores = run.metrics("flow")[-1]
+    assert {"crps", "spread_skill", "small_scales", "validation_loss"} <= scores.keys() and 0 < scores["crps"] < 10
+
+
+def test_a_stopped_job_ends_with_the_same_bits(home):
+    whole = open_run(config(home, "whole", method="meanflow", label_dropout=0.2, ema=0.9), "flow")
+    train_flow(whole)
+
+    class StopSoon(Callback):
+        "Stops after three batches."
+
+        def after_batch(self, learner):
+            if learner.step == 3:
+                learner.stop = "asked to"
+
+    path = config(home, "halves", method="meanflow", label_dropout=0.2, ema=0.9)
+    with pytest.raises(Stopped):
+        train_flow(run := open_run(path, "flow"), [StopSoon()])
+    run.close()
+    train_flow(run := open_run(run.path, "flow"))
+    one, other = (read_checkpoint(r.checkpoints / "last.tar") for r in (whole, run))
+    assert equal(one["model_state"], other["model_state"]) and equal(one["ema_state"], other["ema_state"])
+
+
+def test_members_and_samplers_go_through_inference_and_analysis(home):
+    path = config(home, "drawn", method="flow_matching", samplers=["midpoint 2"])
+    train_flow(run := open_run(path, "flow"))
+    run.close()
+    rollouts = infer(run := open_run(path, "inference"))
+    run.close()
+    assert {name: len(found) for name, found in rollouts.items()} == {"best": 4, "best_midpoint2": 4}
+    first, second = (r.read() for r in rollouts["best"][:2])
+    assert not (first == second).all() and first.shape == (6, 2, 16, 16)
+    again = {name: [r.read() for r in found] for name, found in open_rollouts(run.path).items()}
+    assert all((a == b.read()).all() for name in again for a, b in zip(again[name], rollouts[name]))
+    assert load_emulator(run.checkpoints / "best_midpoint2.tar").evaluations == 4
+    scores = short_analysis(open_run(path, "short_analysis"))
+    assert all("crps" in data for data in scores.values())
+
+
+def test_an_emulator_draws_about_another(home):
+    mean = create_emulator(
+        ModelConfig(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2), Normaliser([0, 0], [1.0, 1.0], [0.1, 0.1]), step=0.2,
+    )
+    torch.save(emulator_state(mean), start := home / "mean.tar")
+    train_flow(run := open_run(config(home, "about", method="meanflow", around=str(start), epochs=1), "flow"))
+    best = load_emulator(run.checkpoints / "best.tar")
+    assert best.evaluations == 2 and (best.scale > 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(best.around.state_dict().values(), mean.state_dict().values()))
+
+
+def test_an_emulator_to_draw_about_that_is_not_there_is_named(home):
+    with pytest.raises(LabError, match="flow.around = nowhere.tar is not there"):
+        train_flow(open_run(config(home, "nowhere", around="nowhere.tar"), "flow"))
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"network": "ViT", "model": dict(patch_size=4, embed_dim=16, depth=1, num_heads=2)}, "cannot be told noise"),
+    ({"guidance": 3.0}, "set label_dropout"),
+    ({"method": "flow"}, "method"),
+    ({"compile": True}, "leave compile out"),
+    ({"samplers": ["euler 0"]}, "at least one step"),
+    ({"samplers": ["leapfrog 2"]}, "is none of euler"),
+    ({"equal": 1.5}, "equal"),
+])
+def test_a_mistake_is_one_line_before_anything_runs(home, changes, told):
+    with pytest.raises(LabError) as error:
+        settings = load_config(config(home, "wrong", **changes))
+        for name, section in settings.sections.items():
+            section.check(settings, name)
+    assert told in str(error.value) and "\n" not in str(error.value)
