@@ -52,10 +52,17 @@ def extra_training(entry: Entry) -> tuple | None:
     return sum(each[: entry.identity.stage]), steps
 
 # %% ../../nbs/study/01_differences.ipynb #df54a351
-def _history(entry: Entry) -> tuple:
-    "What a control shares with a pruned model: seed, start and data."
-    data = entry.setting.get("train_dataset", {}).get("data_dir")
-    return entry.seed, start_of(entry), data
+def _same_start(a: Entry, b: Entry) -> bool:
+    "Whether two began from the same model: one checkpoint, or trainings of their own runs that are the same."
+    own = not any(e.setting.get("checkpoint_file") for e in (a, b))
+    alike = all(a.setting.get(key) == b.setting.get(key) for key in ("model", "training"))
+    return start_of(a) == start_of(b) or (own and alike)
+
+
+def _same_history(a: Entry, b: Entry) -> bool:
+    "Whether two have seed, data and start in common."
+    data = [e.setting.get("train_dataset", {}).get("data_dir") for e in (a, b)]
+    return a.seed == b.seed and data[0] == data[1] and _same_start(a, b)
 
 
 def _trained_alike(a: Entry, b: Entry) -> bool:
@@ -66,7 +73,7 @@ def _trained_alike(a: Entry, b: Entry) -> bool:
 
 def control_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     "The control of a pruned entry: same seed, start, data and extra training."
-    same = lambda e: _history(e) == _history(entry) and _trained_alike(e, entry)
+    same = lambda e: _same_history(e, entry) and _trained_alike(e, entry)
     found = [e for e in entries if e.role == "control" and same(e)]
     apart = lambda e: (taught(e) != taught(entry), e.run != entry.run)
     return min(found, key=apart, default=None)
