@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from .data.batches import Batches
-from .data.checks import climate_section, ensure_data, is_pending, open_section, scored_section
+from .data.batches import Batches, training_batches
+from .data.checks import climate_section, ensure_data, is_pending, open_section, scored_section, training_sets
 from .data.frames import FIELDS, DatasetConfig, FrameDataset, check_disjoint, climatology
 from .data.frames import open_dataset, sample_frames, sample_offsets, to_fields, to_velocity
 from .lab.config import LabError

@@ -14,10 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from turbvit_nb.datasets import (
-    Batches, FrameDataset, check_disjoint,
-    climatology, ensure_data, open_dataset, statistics,
-)
+from .datasets import Batches, FrameDataset, climatology, statistics, training_batches, training_sets
 from .forecast.validation import Validation, can_roll
 from .lab.checkpoints import Identity, check_owner
 from .lab.learner import Callback, Learner
@@ -27,7 +24,6 @@ from .lab.training import LoopConfig, fit
 from turbvit_nb.model import (
     Emulator, Kind, ModelConfig, create_emulator, emulator_state, load_emulator, load_weights, losses,
 )
-from .physics.symmetries import Symmetries
 
 # %% ../nbs/02_train.ipynb #7417906a
 class TrainingConfig(LoopConfig):
@@ -49,14 +45,8 @@ def build_data(
     model: ModelConfig | Kind | None = None,  # has the `fields` and `num_frames` wanted; [model]
 ) -> tuple[FrameDataset, FrameDataset]:  # training, validation
     "The two data sets of a run, made first when there is a [generate] section. Raises `LabError`."
-    ensure_data(run.config)
     model = run.config.section("model") if model is None else model
-    train_set, validation_set = (
-        open_dataset(run.config.section(name), model.fields, model.num_frames, name)
-        for name in ("train_dataset", "validation_dataset")
-    )
-    check_disjoint(train_set, validation_set)
-    return train_set, validation_set
+    return training_sets(run.config, model.fields, model.num_frames)
 
 # %% ../nbs/02_train.ipynb #eded6fbd
 def build_emulator(
@@ -78,9 +68,7 @@ def build_batches(
     dataset: FrameDataset,  # for training
 ) -> Batches:  # shuffled, augmented when `settings` says so
     "The batches of training."
-    augment = Symmetries(dataset.regimes, dataset.fields) if settings.augment else None
-    order = dict(seed=run.config.top.seed, augment=augment, limit=settings.steps_per_epoch)
-    return Batches(dataset, settings.batch_size, device=run.device, **order)
+    return training_batches(dataset, settings, run.config.top.seed, run.device)
 
 # %% ../nbs/02_train.ipynb #51e3c977
 def build_validation(

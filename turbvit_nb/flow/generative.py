@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Generator, Tensor, nn
 
 from ..emulators.files import emulator_from_state, emulator_state
-from ..emulators.kinds import State, noise, register
+from ..emulators.kinds import noise, register
 from .losses import crps, flow_matching, improved_meanflow, meanflow
 from .paths import path_named
 from .sampling import evaluations, guided, jump, sample
@@ -131,17 +131,6 @@ def predict(
     return self.constrained(origin + scale * self.draw(z, cond, generator))
 
 
-@patch
-def advance(
-    self: Generative,
-    state: State,
-    cond: Tensor | None = None,  # flow parameters (B, P)
-    generator: Generator | None = None,  # of the noise
-) -> State:
-    "One step later: the frames looked at, `x`, and the frame drawn, `new`."
-    x = self.follow(state["x"], state["new"]) if "new" in state else state["x"]
-    return {"x": x, "new": self(x, cond, generator=generator)}
-
 # %% ../../nbs/flow/04_generative.ipynb #7d84ca5c
 @patch
 def generative_losses(
@@ -204,10 +193,7 @@ def forward(
     **draws,  # with `y`: `e`, `r`, `t` and `told` of `generative_losses`
 ) -> Tensor:  # a drawn frame (B, C, 1, N, N); with `y` the loss of each sample (B,)
     "The next frame, drawn; or the loss of what followed."
-    shape = (len(self.fields), self.num_frames)
-    if x.ndim != 5 or tuple(x.shape[1:3]) != shape:
-        raise LabError(f"input of shape {tuple(x.shape)}: wanted (B, {shape[0]}, {shape[1]}, N, N)")
-    z = self.normaliser.normalise(x)
+    z = self.normalised(x)
     if y is None:
         return self.normaliser.denormalise(self.predict(z, cond, generator))
     wanted = self.normaliser.normalise(y[:, :, None] if y.ndim == 4 else y)

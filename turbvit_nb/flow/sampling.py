@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .losses import Mean
-from .paths import like
 from ..lab.config import LabError, hint
 
 # %% ../../nbs/flow/02_sampling.ipynb #14a2ba4f

@@ -6,6 +6,7 @@
 __all__ = ['DIT_SIZES', 'GenerativeConfig', 'Told', 'DiTConfig', 'frames_and_noise', 'DiT', 'ToldUNetConfig', 'ToldUNet']
 
 # %% ../../nbs/networks/02_generative.ipynb #de35bcae
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,10 +16,11 @@ from torch.nn import functional as F
 
 from ..lab.config import LabError
 from ..layers.attention import Attend, attention
-from ..layers.convolution import RECOVERIES, CircularConv, downsample, tokens_to_grid, upsample
+from ..layers.convolution import RECOVERIES, tokens_to_grid
 from ..layers.embed import ConditionEmbed, TubeletEmbed, torus_positions
 from ..layers.modulation import ModulatedBlock, ModulatedResidual, TimeEmbed
 from .transformers import FEATURES, NetworkConfig, condition_features, network
+from .unet import UNet
 
 # %% ../../nbs/networks/02_generative.ipynb #5c5f873b
 class GenerativeConfig(NetworkConfig):
@@ -187,7 +189,7 @@ class ToldUNetConfig(GenerativeConfig):
 
 
 @network(ToldUNetConfig)
-class ToldUNet(nn.Module):
+class ToldUNet(UNet):
     "UNet of modulated blocks: frames (B, C, T, N, N) and a noisy one (B, C, 1, N, N) → (B, C, 1, N, N)."
 
     def __init__(
@@ -201,19 +203,11 @@ class ToldUNet(nn.Module):
         classes: int = 0,  # or labels
         highest: float = 4.0,  # frequency of the time embedding
     ):
-        super().__init__()
-        widths = [base_channels * 2**level for level in range(depth + 1)]
-        pairs, width = list(zip(widths, widths[1:])), 4 * base_channels
-        block = lambda a, b: ModulatedResidual(in_chans=a, out_chans=b, told=width)
+        width = 4 * base_channels
+        block = partial(ModulatedResidual, told=width)
+        sizes = dict(base_channels=base_channels, depth=depth, in_chans=in_chans)
+        super().__init__(num_frames=num_frames + 1, block=block, **sizes)
         self.told = Told(embed_dim=width, conditions=conditions, classes=classes, highest=highest)
-        self.stem = CircularConv(in_chans * (num_frames + 1), base_channels)
-        self.down = nn.ModuleList(block(fine, fine) for fine, _ in pairs)
-        self.shrink = nn.ModuleList(downsample(fine, coarse) for fine, coarse in pairs)
-        self.middle = nn.ModuleList([block(widths[-1], widths[-1]), block(widths[-1], widths[-1])])
-        self.grow = nn.ModuleList(upsample(coarse, fine) for fine, coarse in reversed(pairs))
-        self.up = nn.ModuleList(block(2 * fine, fine) for fine, _ in reversed(pairs))
-        self.norm = nn.GroupNorm(8, base_channels)
-        self.output = CircularConv(base_channels, in_chans, bias=False)
         nn.init.zeros_(self.output.weight)
 
     def forward(
@@ -226,13 +220,5 @@ class ToldUNet(nn.Module):
         t: Tensor,  # (B,)
         told: Tensor | None = None,  # (B,), whether a sample is told its `cond`
     ) -> Tensor:  # (B, C, 1, N, N)
-        "Down to the coarsest grid and up again."
-        c, h, bridges = self.told(r, t, cond, told), self.stem(frames_and_noise(x, noisy).flatten(1, 2)), []
-        for block, shrink in zip(self.down, self.shrink):
-            bridges.append(block(h, c))
-            h = shrink(bridges[-1])
-        for block in self.middle:
-            h = block(h, c)
-        for grow, block in zip(self.grow, self.up):
-            h = block(torch.cat([grow(h), bridges.pop()], 1), c)
-        return self.output(F.gelu(self.norm(h)))[:, :, None]
+        "Down to the coarsest grid and up again, every block told."
+        return self.through(frames_and_noise(x, noisy), self.told(r, t, cond, told))

@@ -6,6 +6,9 @@
 __all__ = ['UNetConfig', 'UNet']
 
 # %% ../../nbs/networks/01_unet.ipynb #5cb8ead4
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from fastcore.basics import patch
 from pydantic import Field
@@ -40,11 +43,13 @@ class UNet(nn.Module):
         dropout: float = 0.0,  # chance to drop a channel, in training
         num_frames: int = 1,  # input frames T
         in_chans: int = 2,  # fields C
+        block: Callable[..., nn.Module] | None = None,  # made of `in_chans` and `out_chans`
     ):
         super().__init__()
         widths = [base_channels * 2**level for level in range(depth + 1)]
         pairs = list(zip(widths, widths[1:]))
-        block = lambda a, b: ResidualBlock(in_chans=a, out_chans=b, dropout=dropout)
+        made = block or partial(ResidualBlock, dropout=dropout)
+        block = lambda a, b: made(in_chans=a, out_chans=b)
         self.stem = CircularConv(in_chans * num_frames, base_channels)
         self.down = nn.ModuleList(block(fine, fine) for fine, _ in pairs)
         self.shrink = nn.ModuleList(downsample(fine, coarse) for fine, coarse in pairs)
@@ -56,17 +61,28 @@ class UNet(nn.Module):
 
 # %% ../../nbs/networks/01_unet.ipynb #36e3a827
 @patch
+def through(
+    self: UNet,
+    frames: Tensor,  # normalised fields (B, C, T, N, N)
+    *told: Tensor,  # what else every block is given
+) -> Tensor:  # (B, C, 1, N, N)
+    "Down to the coarsest grid and up again."
+    x, bridges = self.stem(frames.flatten(1, 2)), []
+    for block, shrink in zip(self.down, self.shrink):
+        bridges.append(block(x, *told))
+        x = shrink(bridges[-1])
+    for block in self.middle:
+        x = block(x, *told)
+    for grow, block in zip(self.grow, self.up):
+        x = block(torch.cat([grow(x), bridges.pop()], 1), *told)
+    return self.output(F.gelu(self.norm(x)))[:, :, None]
+
+
+@patch
 def forward(
     self: UNet,
     x: Tensor,  # normalised fields (B, C, T, N, N)
     cond: Tensor | None = None,  # not used
 ) -> Tensor:  # (B, C, 1, N, N)
-    "Down to the coarsest grid and up again."
-    x, bridges = self.stem(x.flatten(1, 2)), []
-    for block, shrink in zip(self.down, self.shrink):
-        bridges.append(block(x))
-        x = shrink(bridges[-1])
-    x = self.middle(x)
-    for grow, block in zip(self.grow, self.up):
-        x = block(torch.cat([grow(x), bridges.pop()], 1))
-    return self.output(F.gelu(self.norm(x)))[:, :, None]
+    "The next frame."
+    return self.through(x)

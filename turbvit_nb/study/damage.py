@@ -17,7 +17,6 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from ..lab.plots import THRESHOLD, curves
-from .differences import controls
 from .entries import Entry, step_at
 from .pareto import plain_logs
 from .points import Point, over_seeds

@@ -20,7 +20,7 @@ from ..forecast.reading import start_block
 from ..lab.plots import Table, curves, interval_text
 from ..physics.metrics import horizon
 from ..physics.statistics import block_replicates
-from .differences import controls, same_starts
+from .differences import same_starts
 from .entries import Entry
 from .points import MEASURES, Point, change, over_seeds
 from .tables import unbroken
