@@ -664,6 +664,8 @@ def _place(
     if name is None:
         return None, config
     folder = run_folder(name)
+    if (folder / "sweep.toml").exists():
+        raise LabError(f"output_dir = {name}: {folder} is the folder of a sweep; give another output_dir")
     if not (folder / "config.toml").exists():
         return folder, config
     done = history(folder)

@@ -372,6 +372,8 @@ def keep_copy(
     sweep: Sweep,
 ) -> Sweep:  # the same, read from the copy
     "Write the file of a sweep and its bases into its folder, each whole or not at all."
+    if (sweep.folder / "config.toml").exists():
+        raise LabError(f"sweep.name: {sweep.folder} is the folder of a run; give the sweep another name")
     first, *also = [_copied(sweep, part) for part in sweep.parts]
     for part in sweep.parts:
         data, ours = read_toml(part.base), ("sweep", "run", "output_dir")

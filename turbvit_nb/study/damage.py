@@ -128,7 +128,7 @@ def gives_way(
     sign: int = 1,  # of damage: more error, or less energy (-1)
 ) -> list[float]:
     "By octave the lowest sparsity from which on the damage is shown; inf where it is at none."
-    ordered = sorted((s, np.array(found)) for s, found in damages if len(found))
+    ordered = sorted(((s, np.array(found)) for s, found in damages if len(found)), key=lambda one: one[0])
     if not ordered:
         return []
     worse = np.array([(sign * found[:, 0] > 0) & (np.sign(found[:, 1]) == np.sign(found[:, 2]))

@@ -72,7 +72,9 @@ def _trained_alike(a: Entry, b: Entry) -> bool:
 
 
 def control_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    "The control of a pruned entry: same seed, start, data and extra training."
+    "The control of a pruned entry: same seed, start, data and extra training, which may be none."
+    if (extra_training(entry) or [None])[0] == 0:
+        return next((e for e in entries if (e.run, e.checkpoint) == start_of(entry)), None)
     same = lambda e: _same_history(e, entry) and _trained_alike(e, entry)
     found = [e for e in entries if e.role == "control" and same(e)]
     apart = lambda e: (taught(e) != taught(entry), e.run != entry.run)

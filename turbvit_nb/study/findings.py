@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANY', 'MEASURED', 'Study', 'is_study', 'shown', 'what_it_is', 'how_far', 'belief', 'zeros_are_fast',
            'removed_is_fast', 'loudest', 'pruning_improves', 'beats_small', 'ahead', 'criteria_beliefs',
-           'teacher_helps', 'damages', 'leading', 'eaten_scales', 'climates', 'masks_agree', 'study_findings',
-           'rival_table', 'study_tables', 'study_json', 'featured']
+           'teacher_helps', 'damages', 'leading', 'eaten_scales', 'climates', 'masks_fit', 'masks_agree',
+           'study_findings', 'rival_table', 'study_tables', 'study_json', 'featured']
 
 # %% ../../nbs/study/15_findings.ipynb #b43cb93b
 import math
@@ -20,14 +20,16 @@ from .costs import reference_of
 from .damage import eaten_first, forecast_damage, last_shell
 from .differences import controls
 from .entries import CompareConfig, Entry
-from .overlap import agreement_table, agreements
+from turbvit_nb.study.overlap import (
+    against_own, agreement_table, agreements, carried, carried_table, epochs_of,
+)
 from .pareto import against_rivals, hollow
 from turbvit_nb.study.points import (
     Point, change, climate_rows, cost_rows, over_seeds, points_of, skill_rows, starts,
 )
 from turbvit_nb.study.ranking import (
-    Contest, Ranked, comparable, contests, percents, ranking, ranking_table, rows_of, sustained,
-                                      sustained_table,
+    Contest, Ranked, Recipe, Sustained, comparable, contests, percents, ranking, ranking_table, rows_of,
+    sustained, sustained_table,
 )
 from .tables import unbroken
 from .verdict import SIGNS, Finding
@@ -44,6 +46,11 @@ class Study:
         self.controls, self.starts = controls(entries), starts(entries)
         first = reference_of(entries, reference)
         self.reference = next((p for p in self.points if first in p.entries.values()), None)
+
+    @property
+    def flow(self) -> str:
+        "The flow of the reference, where the study has several."
+        return self.reference.about["flow"] if self.reference else ""
 
     def family(self, *names: str) -> list[Point]:
         "The points of some families."
@@ -76,6 +83,11 @@ class Study:
     def agreements(self) -> list[dict]:
         "Which masks are alike."
         return agreements(self.points)
+
+    @cached_property
+    def carried(self) -> list[Point]:
+        "The points with masks of another model, and their rivals."
+        return carried(self.points)
 
 
 def is_study(entries: Sequence[Entry], settings: CompareConfig) -> bool:
@@ -117,24 +129,24 @@ def what_it_is(study: Study) -> list[Finding]:
 def how_far(study: Study, allowed: float = 0.02) -> list[Finding]:
     "The most that can be removed within `allowed` of the control's horizon, for every unit."
     best: dict[tuple, tuple] = {}
-    for (criterion, unit, with_teacher), row in rows_of(study.points).items():
+    for recipe, row in rows_of(study.points).items():
         of = "remaining" if row[0].about["zeros"] else "FLOPs"
         found = sustained(row, study.controls, of, allowed)
-        if found.seeds and found.removed[0] > best.get((unit, with_teacher), (found, -1.0))[1]:
-            best[unit, with_teacher] = found, found.removed[0], criterion, of
-    return [_far_words(*key, *told, allowed) for key, told in best.items()]
+        known = best.get(recipe[1:])
+        if found.seeds and (known is None or found.removed[0] > known[1].removed[0]):
+            best[recipe[1:]] = recipe, found, of
+    return [_far_words(*told, allowed) for told in best.values()]
 
 
-def _far_words(unit: str, with_teacher: bool, found, most: float, criterion: str, of: str,
-               allowed: float) -> Finding:
+def _far_words(recipe: Recipe, found: Sustained, of: str, allowed: float) -> Finding:
     "One of them in words."
     of = "weights" if of == "remaining" else "FLOPs"
-    told = percents((most, math.nan, math.nan) if found.bound else found.removed, "")
-    told = f"at least {told}" if found.bound else told
+    ends = (found.removed[0], math.nan, math.nan) if found.bound else found.removed
+    told = "at least " * found.bound + percents(ends, "")
     strict = f"{100 * found.shown:.0f} %" if found.shown else "at no sparsity"
-    taught = " with a teacher" * with_teacher
+    taught = " with a teacher" * recipe.taught + (f", {recipe.flow}" if recipe.flow else "")
     return Finding("note", "study",
-        f"Unit {unit}{taught}: {criterion} goes furthest, {told} % of the {of} removed within "
+        f"Unit {recipe.unit}{taught}: {recipe.criterion} goes furthest, {told} % of the {of} removed within "
                    f"{100 * allowed:g} % of the control's horizon "
                    f"({_seeds(found.seeds)}; {strict} with the whole interval).")
 
@@ -288,7 +300,7 @@ def teacher_helps(study: Study) -> list[Finding]:
 def damages(study: Study, criterion: str, unit: str = "weight",
             steps: int = 1) -> list[tuple[Point, list[tuple]]]:
     "The damage of every point of a criterion after some steps, the most left first."
-    row = rows_of(study.points).get((criterion, unit, False), [])
+    row = rows_of(study.points).get(Recipe(criterion, unit, flow=study.flow), [])
     step = next((float(e.scores.attrs["step"]) for p in row for e in p.entries.values()
                  if e.scores is not None), math.nan)
     return [(point, forecast_damage(point, study.controls, steps * step)) for point in row]
@@ -296,28 +308,29 @@ def damages(study: Study, criterion: str, unit: str = "weight",
 
 def leading(study: Study, unit: str = "weight") -> str | None:
     "The criterion of a unit that can remove most; None where there is no control to say."
-    found = {c: sustained(row, study.controls) for (c, u, t), row in rows_of(study.points).items()
-             if u == unit and not t}
+    found = {recipe.criterion: sustained(row, study.controls) for recipe, row in rows_of(study.points).items()
+             if recipe[1:] == (unit, False, study.flow)}
     return max((c for c in found if found[c].seeds), key=lambda c: found[c].removed[0],
                default=None)
 
 
 def eaten_scales(study: Study) -> list[Finding]:
     "Whether the small scales go first."
-    criterion, claim = leading(study), "The small scales go first"
+    criterion, claim = leading(study), "The smallest scales go first"
     found = [(1 - p.left, d) for p, d in damages(study, criterion)] if criterion else []
     known = [pair for pair in found if len(pair[1])]
     if not known:
         return []
     scores = next(e.scores for p in study.family("pruned") for e in p.entries.values()
                   if e.scores is not None)
-    first, bands = eaten_first(known, last_shell(scores)), len(known[0][1])
+    last = last_shell(scores)
+    first = eaten_first(known, last)
     if first is None:
         return [Finding("unknown", "belief",
                         f"“{claim}”: these seeds do not tell. No octave of the one-step error is shown "
                         "to suffer at any sparsity.")]
     (low, high), sparsity, ends = first
-    edge = low > 2 ** (bands // 2)
+    edge = high == last
     worst, least = (pick(known[-1][1], key=lambda e: e[0]) for pick in (max, min))
     told = (f"Pruned by {criterion}, the error of k = {low} to {high} gives way first, at "
             f"{100 * sparsity:.0f} % removed ({percents(ends)} % against the control); at "
@@ -356,6 +369,19 @@ def _number(ends: Sequence[float]) -> str:
     return interval_text(*ends[:3], "+")
 
 
+def masks_fit(study: Study) -> list[Finding]:
+    "What masks are worth that were found in another flow, as they are and after finetuning."
+    said = []
+    for epochs in dict.fromkeys(map(epochs_of, study.carried)):
+        ends = against_own(study.points, epochs)
+        if ends[3]:
+            when = f"finetuned for {epochs:g} epochs" if epochs else "as they are"
+            told = f"Masks of the other flow, {when}, against masks found on the spot and as long finetuned: "
+            told += f"{percents(ends)} % of the horizon ({_seeds(ends[3])})."
+            said.append(belief("A mask found in one flow serves another", ends, told))
+    return said
+
+
 def masks_agree(study: Study) -> list[Finding]:
     "Whether the weights that stay are the same for other criteria and other flows."
     if not study.agreements:
@@ -375,7 +401,7 @@ def study_findings(study: Study) -> list[Finding]:
             *masks_agree(study)]
     said += [*zeros_are_fast(study), pruning_improves(study), beats_small(study),
              *criteria_beliefs(study)]
-    return said + [*teacher_helps(study), *eaten_scales(study)]
+    return said + [*teacher_helps(study), *eaten_scales(study), *masks_fit(study)]
 
 # %% ../../nbs/study/15_findings.ipynb #1bc829b9
 def rival_table(study: Study) -> Table:
@@ -393,7 +419,8 @@ def study_tables(study: Study) -> dict[str, Table]:
     tables |= {"climate": climate_rows(study.points),
                "sustained": sustained_table(study.points, study.controls)}
     tables |= {f"ranking, {one.title}": ranking_table(one, found) for one, found in study.contests}
-    tables |= {"rivals": rival_table(study), "masks": agreement_table(study.agreements)}
+    tables |= {"rivals": rival_table(study), "carried": carried_table(study.points, study.controls),
+               "masks": agreement_table(study.agreements)}
     return {name: table for name, table in tables.items() if table.rows}
 
 # %% ../../nbs/study/15_findings.ipynb #a28f05a1

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ..lab.checkpoints import parse_name
 from ..lab.plots import Table, interval_text
 from ..physics.metrics import horizon
 from .costs import reference_of
-from .differences import controls, start_of, taught
+from .differences import controls, extra_training, start_of, taught
 from .entries import Entry, synthetic_entry
 from .tables import short_count, unbroken
 
@@ -196,6 +197,18 @@ def _unit(entry: Entry) -> str:
     return unit if isinstance(unit, str) else "+".join(unit)
 
 
+def _masks_of(entry: Entry) -> str:
+    "The run that its masks were taken from, without the seed."
+    named = Path(entry.setting.get("pruning", {}).get("masks_from") or "?").parts
+    return _unseeded(named[-3] if len(named) > 2 else named[0], entry.seed).strip("_-*")
+
+
+def _flow(entry: Entry) -> str:
+    "The folder of the data that it learned from."
+    data = entry.setting.get("train_dataset", {})
+    return Path(str(data.get("data_dir") or np.ravel(data.get("data_dirs", ""))[0])).name
+
+
 def _removable(unit: str) -> bool:
     "Whether a model without such pieces is physically smaller."
     return set(unit.split("+")) <= {"head", "channel", "block"}
@@ -205,8 +218,11 @@ def features(entry: Entry, reference: Entry | None) -> dict:
     "What a reader wants to know of an entry, by name."
     kind, found = family(entry, reference), {}
     if entry.identity.stage and kind != "control":
-        found = {"criterion": entry.setting.get("pruning", {}).get("importance_metric", ""),
-                 "unit": _unit(entry)}
+        criterion = entry.setting.get("pruning", {}).get("importance_metric", "")
+        given = criterion == "given"  # masks of another model are no criterion
+        found = {"criterion": "" if given else criterion, "unit": _unit(entry)}
+        found |= {"masks": _masks_of(entry)} if given else {}
+        found["untrained"] = (extra_training(entry) or [None])[0] == 0
     if kind == "small dense":
         model = entry.setting.get("model", {})
         width = "base_channels" if _network(entry) == "UNet" else "embed_dim"
@@ -231,9 +247,10 @@ def label_of(kind: str, about: Mapping, left: float) -> str:
     if kind in ("dense", "small dense"):
         return f"dense {about.get('network', '')}".strip()
     unit = about.get("unit", "weight")
-    words = [about.get("criterion", "") if about["stage"] else "dense", unit if unit != "weight"
-             else ""]
+    from_where = f"masks of {about['masks']}" if about.get("masks") else about.get("criterion", "")
+    words = [from_where if about["stage"] else "dense", unit if unit != "weight" else ""]
     words += [f"{100 * left:.3g} %" if about["stage"] else ""]
+    words += ["not finetuned" if about.get("untrained") else ""]
     words += ["masked" if about["masked"] else "", "distilled" if about["taught"]
               or kind == "distilled" else ""]
     words += [about.get("backend", ""), about.get("precision", "")]
@@ -280,10 +297,11 @@ def points_of(
         while entry.seed in groups.get((key, n), {}):
             n += 1
         groups.setdefault((key, n), {})[entry.seed] = entry
-    found = []
+    found, flows = [], {_flow(entry) for entry in entries}
     for group in groups.values():
         some = next(iter(group.values()))
-        found.append(Point(family(some, first), features(some, first), dict(sorted(group.items()))))
+        about = features(some, first) | {"flow": _flow(some) if len(flows) > 1 else ""}
+        found.append(Point(family(some, first), about, dict(sorted(group.items()))))
     found.sort(key=lambda point: (FAMILIES.index(point.family), str(point.about.get("unit", "")),
                                   str(point.about.get("criterion", "")), point.about["stage"],
                                   not point.about["masked"]))
@@ -294,6 +312,7 @@ def _labelled(points: list[Point]) -> list[Point]:
     "The points with labels; those that would share one get the keys in which they differ."
     for point in points:
         point.label = label_of(point.family, point.about, point.left)
+        point.label += f" in {point.about['flow']}" if point.about["flow"] else ""
     for label in {point.label for point in points}:
         alike = [point for point in points if point.label == label]
         keys = [recipe_keys(next(iter(point.entries.values()))) for point in alike]
@@ -302,7 +321,7 @@ def _labelled(points: list[Point]) -> list[Point]:
         plain = [k for k in differ if not any(isinstance(one.get(k), list) for one in keys)]
         differ = plain or differ  # a list makes a long name
         for n, (point, one) in enumerate(zip(alike, keys) if len(alike) > 1 else (), 1):
-            told = [f"{key.split('.')[-1]} {one.get(key, '–')}" for key in differ[:2]]
+            told = dict.fromkeys(f"{key.split('.')[-1]} {one.get(key, '–')}" for key in differ[:2])
             point.label = f"{label} ({', '.join(told) or n})"
     return points
 
@@ -342,6 +361,7 @@ def planted_entry(
     factor: float,  # of the horizon
     sparsity: float = 0.0,  # for the damage at small scales
     facts: Mapping = {},
+    band: tuple[int, int] = (17, 45),  # of wavenumbers, where it is
     **setting,  # sections of the config
 ) -> Entry:
     "An entry whose horizon is 20 time units times `factor` and a luck of its seed."
@@ -350,7 +370,8 @@ def planted_entry(
                             noise=2e-4)
     k = np.arange(46.0)
     true = np.where(k > 0, np.maximum(k, 1) ** -3, 0)
-    share = np.minimum(1, np.arange(1, 501) / 400)[:, None] * (1 + (k > 8) * sparsity**2)
+    damaged = (band[0] <= k) & (k <= band[1])
+    share = np.minimum(1, np.arange(1, 501) / 400)[:, None] * (1 + damaged * sparsity**2)
     three = np.stack([share * true, 0 * share * true + true, 0 * share * true + true])
     entry.scores = entry.scores.assign(
         error_spectrum=(("forecast", "lead", "shell"), three),

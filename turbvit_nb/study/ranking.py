@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Contest', 'contests', 'comparable', 'drawn_horizons', 'Ranked', 'ranking', 'percents', 'ranking_table', 'crossing',
-           'Sustained', 'sustained', 'rows_of', 'sustained_table', 'criteria_figure']
+           'Sustained', 'sustained', 'Recipe', 'rows_of', 'sustained_table', 'criteria_figure']
 
 # %% ../../nbs/study/13_ranking.ipynb #b99f6a2b
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import holoviews as hv
 import numpy as np
@@ -34,12 +35,14 @@ class Contest:
     taught: bool
     left: float  # fraction of the weights
     points: dict[str, Point]  # by criterion
+    flow: str = ""  # where the study has several
 
     @property
     def title(self) -> str:
         "What is the same in all: `50 % of the weights left`."
         of = "weights" if self.unit == "weight" else f"weights, unit {self.unit}"
-        return f"{100 * self.left:.3g} % of the {of} left" + ", with a teacher" * self.taught
+        where = f", {self.flow}" if self.flow else ""
+        return f"{100 * self.left:.3g} % of the {of} left{where}" + ", with a teacher" * self.taught
 
     @property
     def seeds(self) -> list[int]:
@@ -55,11 +58,11 @@ def contests(points: Sequence[Point]) -> list[Contest]:
     for point in points:
         about = point.about
         if point.family in ("pruned", "distilled") and about.get("criterion"):
-            key = about["unit"], about["taught"], about["stage"], about["masked"]
+            key = about["unit"], about["taught"], about["flow"], about["stage"], about["masked"]
             found.setdefault(key, {}).setdefault(about["criterion"], point)
-    made = [Contest(key[0], key[1], float(np.mean([p.left for p in group.values()])), group)
-            for key, group in found.items() if len(group) > 1]
-    return sorted(made, key=lambda one: (one.unit, one.taught, -one.left))
+    made = [Contest(unit, taught, float(np.mean([p.left for p in group.values()])), group, flow)
+            for (unit, taught, flow, *_), group in found.items() if len(group) > 1]
+    return sorted(made, key=lambda one: (one.flow, one.unit, one.taught, -one.left))
 
 # %% ../../nbs/study/13_ranking.ipynb #5ac62857
 def _curves(contest: Contest) -> tuple[torch.Tensor, np.ndarray, int]:
@@ -202,13 +205,27 @@ def sustained(
     return Sustained(found, len(crossings), not all(met for _, met in crossings), within)
 
 # %% ../../nbs/study/13_ranking.ipynb #9b5cb42f
-def rows_of(points: Sequence[Point]) -> dict[tuple[str, str, bool], list[Point]]:
-    "The pruned points by criterion, unit and teacher, the most left first; smaller models go before twins."
+class Recipe(NamedTuple):
+    "What the points of a row have in common; they differ in how much is removed."
+
+    criterion: str
+    unit: str = "weight"
+    taught: bool = False
+    flow: str = ""  # where the study has several
+
+    def named(self, *more: str) -> str:
+        "The criterion, what is told of it, and the flow where there are several."
+        return ", ".join(filter(None, [self.criterion, *more, self.flow]))
+
+
+def rows_of(points: Sequence[Point]) -> dict[Recipe, list[Point]]:
+    "The pruned points by recipe, the most left first; smaller models go before twins."
     found = {}
     for point in points:
         about = point.about
         if point.family in ("pruned", "distilled") and about.get("criterion"):
-            found.setdefault((about["criterion"], about["unit"], about["taught"]), []).append(point)
+            key = Recipe(*(about[name] for name in Recipe._fields))
+            found.setdefault(key, []).append(point)
     for key, row in found.items():
         smaller = [point for point in row if not point.about["masked"]]
         found[key] = sorted(smaller or row, key=lambda point: -point.left)
@@ -219,8 +236,8 @@ def sustained_table(points: Sequence[Point], partners: Mapping[Entry, Entry],
                     allowed: float = 0.02) -> Table:
     "How much each criterion and unit may remove, of the weights and of the FLOPs."
     rows = []
-    for (criterion, unit, taught), row in rows_of(points).items():
-        cells = {"": f"{criterion}, {unit}" + ", with a teacher" * taught}
+    for recipe, row in rows_of(points).items():
+        cells = {"": recipe.named(recipe.unit, "with a teacher" * recipe.taught)}
         for of, name in (("remaining", "weights (%)"), ("FLOPs", "FLOPs (%)")):
             one = sustained(row, partners, of, allowed)
             cells |= {name: ("≥ " * one.bound + percents(one.removed, "")) if one.seeds else "–"}
@@ -236,13 +253,13 @@ def criteria_figure(points: Sequence[Point], partners: Mapping[Entry, Entry], un
                     allowed: float = 0.02, **axes) -> hv.Overlay:
     "Change of the horizon from the control against what is removed, a line for each criterion."
     lines, bands = {}, {}
-    for (criterion, of, taught), row in rows_of(points).items():
+    for recipe, row in rows_of(points).items():
         found = [(100 * (1 - point.left), *change(point, partners, "horizon", True)[:3])
                  for point in row]
         found = [one for one in found if math.isfinite(one[1])]
-        if of != unit or not found:
+        if recipe.unit != unit or not found:
             continue
-        name, (removed, middle, low, high) = criterion + ", taught" * taught, np.array(found).T
+        name, (removed, middle, low, high) = recipe.named("taught" * recipe.taught), np.array(found).T
         lines[name] = removed, 100 * middle
         if np.isfinite(low).all():
             bands[name] = 100 * low, 100 * high
