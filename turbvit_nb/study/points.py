@@ -26,7 +26,7 @@ from ..lab.checkpoints import parse_name
 from ..lab.plots import Table, interval_text
 from ..physics.metrics import horizon
 from .costs import reference_of
-from .differences import controls, extra_training, start_of, taught
+from .differences import controls, extra_training, home_of, start_of, taught
 from .entries import Entry, synthetic_entry
 from .tables import short_count, unbroken
 
@@ -328,7 +328,7 @@ def _labelled(points: list[Point]) -> list[Point]:
 # %% ../../nbs/study/10_points.ipynb #36617086
 def starts(entries: Sequence[Entry]) -> dict[Entry, Entry]:
     "The dense entry that others came from: named by `checkpoint_file`, or of the same run."
-    dense = {(e.run, e.checkpoint): e for e in entries if e.role == "dense"}
+    dense = {home_of(e): e for e in entries if e.role == "dense"}
     others = [e for e in entries if e.role != "dense" and start_of(e) in dense]
     return {entry: dense[start_of(entry)] for entry in others}
 
