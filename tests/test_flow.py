@@ -13,8 +13,9 @@ from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.learner import Callback
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
-from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state, load_emulator
+from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, emulator_state, load_emulator
 from turbvit_nb.short_analysis import short_analysis
+from turbvit_nb.study.entries import cost
 
 FRAMES = {"data_dir": "flow", "target_step": 2, "input_step": 2}
 NETWORKS = {
@@ -89,6 +90,9 @@ def test_members_and_samplers_go_through_inference_and_analysis(home):
     again = {name: [r.read() for r in found] for name, found in open_rollouts(run.path).items()}
     assert all((a == b.read()).all() for name in again for a, b in zip(again[name], rollouts[name]))
     assert load_emulator(run.checkpoints / "best_midpoint2.tar").evaluations == 4
+    one, four = (cost(load_emulator(run.checkpoints / f"{name}.tar")) for name in ("best", "best_midpoint2"))
+    assert four["flops"] == 4 * one["flops"] > 0
+    assert (one["evaluations per time unit"], four["evaluations per time unit"]) == (5, 20)
     scores = short_analysis(open_run(path, "short_analysis"))
     assert all("crps" in data for data in scores.values())
 
@@ -101,6 +105,10 @@ def test_an_emulator_draws_about_another(home):
     train_flow(run := open_run(config(home, "about", method="meanflow", around=str(start), epochs=1), "flow"))
     best = load_emulator(run.checkpoints / "best.tar")
     assert best.evaluations == 2 and (best.scale > 0).all()
+    alone = {name: card(emulator)["flops"] for name, emulator in (("mean", mean), ("both", best))}
+    best.around = None
+    assert alone["both"] == alone["mean"] + card(best)["flops"]
+    best = load_emulator(run.checkpoints / "best.tar")
     assert all(torch.equal(a, b) for a, b in zip(best.around.state_dict().values(), mean.state_dict().values()))
 
 

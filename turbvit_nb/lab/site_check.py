@@ -182,6 +182,7 @@ def render(
         MathExporter(template_name="basic"),
         HtmlFormatter(style="friendly").get_style_defs(".highlight"),
     )
+    exporter.register_filter("clean_html", lambda made: made)  # of code that was just escaped: slow, nothing to clean
     style = STYLE + SHELL + colours + sheet
     _copy_media(folder, out)
     for path, page in pages.items():

@@ -76,7 +76,7 @@ def card(
     def count(module, inputs, output):
         counts[isinstance(module, Attention)] += _products(module, inputs, output)
 
-    hooks = [m.register_forward_hook(count) for m in emulator.network.modules()]
+    hooks = [m.register_forward_hook(count) for m in emulator.modules()]
     with torch.enable_grad(), _saved(emulator) as saved:
         emulator(x, cond)
     for hook in hooks:

@@ -145,13 +145,19 @@ def _held(emulator: Kind) -> int:
 
 
 def cost(emulator: Kind) -> dict[str, float]:
-    "Parameters, prunable weights, the fraction of these that is not zero, FLOPs of a step, and bytes."
+    "Parameters, prunable weights, the fraction of these that is not zero, FLOPs of a step, bytes, and evaluations."
     if not isinstance(emulator, Emulator):
-        return _own_cost(emulator)
+        return _own_cost(emulator) | _evaluations(emulator)
     weights = list(prunable(emulator.network).values())
     saved = sum(weight.numel() * weight.itemsize - _packed(weight) for weight in weights)
     held = _held(emulator)
-    return facts(emulator) | {"bytes": held, "packed bytes": held - saved}
+    return facts(emulator) | {"bytes": held, "packed bytes": held - saved} | _evaluations(emulator)
+
+
+def _evaluations(emulator: Kind) -> dict[str, float]:
+    "Network evaluations per time unit of the flow: large steps save them, samplers spend them."
+    advance = emulator.step * emulator.out_frames
+    return {"evaluations per time unit": getattr(emulator, "evaluations", 1) / advance}
 
 
 def _own_cost(emulator: Kind) -> dict[str, float]:

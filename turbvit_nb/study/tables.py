@@ -43,11 +43,13 @@ def cost_table(entries: Sequence[Entry]) -> Table:
         counts = {name: short_count(entry.facts[name]) for name in ("parameters", "flops", "bytes") if name in entry.facts}
         left = {"weights left": f"{100 * entry.remaining:.0f} %"}
         row = {"": entry.label, "role": entry.role, "network": entry.facts.get("model")} | left | counts
+        if rate := entry.facts.get("evaluations per time unit"):
+            row["evaluations per time unit"] = f"{rate:.3g}"
         if "ms" in entry.facts:
             ends = (entry.facts[f"ms{end}"] for end in ("", " low", " high"))
             row |= {"milliseconds": interval_text(*ends), "speed-up": f"{entry.facts['speed-up']:.2f}×"}
         rows.append(row)
-    return unbroken(rows, "Cost of a step. FLOPs are of the dense operations, zeros included; milliseconds of a batch are "
+    return unbroken(rows, "Cost of a step. FLOPs are of the dense operations, zeros included; evaluations are of the network; milliseconds of a batch are "
                     "measured [quartiles], all models taking turns; speed-up over the dense model, per unit of time of the flow")
 
 # %% ../../nbs/study/04_tables.ipynb #0729e6e9
