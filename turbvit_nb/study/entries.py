@@ -186,7 +186,12 @@ def gather(
         missing.append(f"{len(bare)} runs have no analyses, {', '.join(one.split()[0] for one in bare)}; run 05 and 06 on them")
         bare = []
     missing = bare + missing
-    return entries, missing + [f"no {what} of {', '.join(names)}" for what, names in lacks.items()]
+    return entries, missing + [f"no {what} of {_some(names, len(entries))}" for what, names in lacks.items()]
+
+
+def _some(names: Sequence[str], all_of: int) -> str:
+    "The names, or the first and how many there are."
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])}, … ({len(names)} of {all_of} models)"
 
 # %% ../../nbs/study/00_entries.ipynb #bf10725a
 _BARE = "has no analyses; run 05_short_analysis and 06_long_analysis on it"

@@ -214,7 +214,7 @@ def _loud(claim: str, found: tuple | None, what: str) -> Finding:
     if found is None:
         return belief(claim, None, "")
     point, ends, asked, worse = found
-    told = f"{point.label} is the best of {asked}: {percents(ends)} % {what} "
+    told = f"{point.label}{f' is the best of {asked}' if asked > 1 else ''}: {percents(ends)} % {what} "
     told += f"({_seeds(ends[3])}{_chosen(ends, asked)})"
     told += f"; {worse} of {asked} are shown to be worse." if asked > 1 else "."
     return belief(claim, ends, told)
@@ -235,7 +235,8 @@ def beats_small(study: Study) -> Finding:
     if not study.family("small dense"):
         return belief(claim, None, "No smaller dense model is among the runs.")
     points = [point for point, _ in study.rivals if point.family != "deployed"]
-    return _loud(claim, loudest(points, study.against_dense),
+    smaller = [point for point in points if not hollow(point)]
+    return _loud(claim, loudest(smaller or points, study.against_dense),
                  "of the horizon against the dense model of its latency")
 
 # %% ../../nbs/study/15_findings.ipynb #75379f35
