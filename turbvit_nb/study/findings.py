@@ -376,7 +376,7 @@ def masks_fit(study: Study) -> list[Finding]:
     for epochs in dict.fromkeys(map(epochs_of, study.carried)):
         ends = against_own(study.points, epochs)
         if ends[3]:
-            when = f"finetuned for {epochs:g} epochs" if epochs else "as they are"
+            when = f"finetuned for {epochs:g} epoch{'s' * (epochs != 1)}" if epochs else "as they are"
             told = f"Masks of the other flow, {when}, against masks found on the spot and as long finetuned: "
             told += f"{percents(ends)} % of the horizon ({_seeds(ends[3])})."
             said.append(belief("A mask found in one flow serves another", ends, told))
@@ -420,7 +420,7 @@ def study_tables(study: Study) -> dict[str, Table]:
     tables |= {"climate": climate_rows(study.points),
                "sustained": sustained_table(study.points, study.controls)}
     tables |= {f"ranking, {one.title}": ranking_table(one, found) for one, found in study.contests}
-    tables |= {"rivals": rival_table(study), "carried": carried_table(study.points, study.controls),
+    tables |= {"rivals": rival_table(study), "carried": carried_table(study.points, study.starts),
                "masks": agreement_table(study.agreements)}
     return {name: table for name, table in tables.items() if table.rows}
 

@@ -121,10 +121,14 @@ def _masks(entry: Entry | None) -> dict[str, Tensor] | None:
     return read_masks(entry.folder / "checkpoints" / f"{entry.checkpoint}.tar")
 
 
+def _masked(points: Sequence[Point]) -> list[Point]:
+    "The points whose masks were found by a criterion, and that were finetuned: at once the masks are the same."
+    return [p for p in points if p.family == "pruned" and p.about["criterion"] and not p.about["untrained"]]
+
+
 def _rivals(points: Sequence[Point]) -> list[tuple[Point, Point]]:
     "Pairs of points that pruned as much by the same unit and differ in criterion or flow."
-    pruned = [p for p in points if p.family == "pruned" and p.about["criterion"]
-              and all(e.role == "pruned" for e in p.entries.values())]
+    pruned = [p for p in _masked(points) if all(e.role == "pruned" for e in p.entries.values())]
     alike = lambda a, b: a.about["unit"] == b.about["unit"] and abs(a.left - b.left) < 0.005
     differ = lambda a, b: any(a.about[key] != b.about[key] for key in ("criterion", "flow"))
     return [(a, b) for a, b in combinations(pruned, 2) if alike(a, b) and differ(a, b)]
@@ -137,7 +141,7 @@ def agreements(points: Sequence[Point]) -> list[dict]:
         pairs = [(kept(entry), kept(b.entries.get(seed))) for seed, entry in a.entries.items()]
         rows += _agreement_row(a, b.label, pairs)
     flows = {point.about["flow"] for point in points}
-    for a in [p for p in points if p.family == "pruned" and p.about["criterion"] and len(flows) > 1]:
+    for a in _masked(points) if len(flows) > 1 else ():
         rows += _agreement_row(a, "another seed", combinations(map(kept, a.entries.values()), 2))
     return rows
 
@@ -198,11 +202,14 @@ def _whose(point: Point) -> str:
     return f"of {point.about['masks']}" if "masks" in point.about else f"its own ({point.about['criterion']})"
 
 
-def carried_table(points: Sequence[Point], partners: Mapping[Entry, Entry]) -> Table:
+def carried_table(
+    points: Sequence[Point],
+    partners: Mapping[Entry, Entry],  # of `starts`
+) -> Table:
     "What masks are worth where they were not found."
     rows = [{"flow": p.about["flow"], "masks": _whose(p), "epochs": f"{epochs_of(p):g}",
              "horizon (time units)": interval_text(*p.summary("horizon")),
-             "change from control (%)": percents(change(p, partners, "horizon", True)),
+             "change from the dense model (%)": percents(change(p, partners, "horizon", True)),
              "seeds": len(p.entries)} for p in carried(points)]
     return unbroken(rows, "Masks found elsewhere and on the spot, after as many epochs of finetuning [95 % interval over seeds]")
 
@@ -210,7 +217,8 @@ def carried_table(points: Sequence[Point], partners: Mapping[Entry, Entry]) -> T
 def carried_figure(points: Sequence[Point], partners: Mapping[Entry, Entry], **axes) -> hv.Overlay:
     "The same as a picture."
     ends = {p: change(p, partners, "horizon", True)[:3] for p in carried(points)}
-    name = lambda p: f"{p.about['flow']}, {epochs_of(p):g} epochs: {_whose(p)}".strip(", ")
+    spent = lambda p: {0: "at once", 1: "1 epoch"}.get(epochs_of(p), f"{epochs_of(p):g} epochs")
+    name = lambda p: f"{p.about['flow']}, {spent(p)}: {_whose(p)}".strip(", ")
     rows = {name(p): [100 * end for end in found] for p, found in ends.items() if math.isfinite(found[0])}
-    return forest(rows, "horizon, change from the control (%)", reference=0.0, **axes)
+    return forest(rows, "horizon, change from the dense model (%)", reference=0.0, **axes)
 

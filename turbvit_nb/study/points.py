@@ -160,6 +160,7 @@ def recipe_keys(entry: Entry) -> dict[str, object]:
     for name, value in entry.setting.items():
         if isinstance(value, Mapping) and name not in aside:
             found |= {f"{name}.{key}": _unseeded(part, entry.seed) for key, part in value.items()}
+            found.pop("pruning.control", None)  # which report it stands in, not what it is
         elif not isinstance(value, Mapping) and name not in _NAMES:
             found[name] = _unseeded(value, entry.seed)
     return found

@@ -219,11 +219,11 @@ class Recipe(NamedTuple):
 
 
 def rows_of(points: Sequence[Point]) -> dict[Recipe, list[Point]]:
-    "The pruned points by recipe, the most left first; smaller models go before twins."
+    "The finetuned pruned points by recipe, the most left first; smaller models go before twins."
     found = {}
     for point in points:
         about = point.about
-        if point.family in ("pruned", "distilled") and about.get("criterion"):
+        if point.family in ("pruned", "distilled") and about.get("criterion") and not about["untrained"]:
             key = Recipe(*(about[name] for name in Recipe._fields))
             found.setdefault(key, []).append(point)
     for key, row in found.items():
