@@ -64,7 +64,7 @@ def test_planted_answers_are_found_again_from_files(home):
     marks = {part.sentence.split("”")[0].strip("“"): part.mark for part in said if part.about == "belief"}
     assert marks["Sparse models are faster"] == "fails" and marks["Any criterion is better than chance"] == "holds"
     assert marks["A large model pruned beats a small one trained dense, at equal latency"] == "holds"
-    assert marks["The small scales go first"] == "holds" and marks["Pruning improves a model"] == "unknown"
+    assert marks["The smallest scales go first"] == "holds" and marks["Pruning improves a model"] == "unknown"
     assert len(told["rows"]) == len(entries) and len(told["scorecard"]) == len(featured(study)) <= 10
     assert {point["family"] for point in told["study"]["points"]} == {"dense", "small dense", "control", "pruned"}
     best = next(point for point in told["study"]["points"] if point["label"] == "taylor 20 %")
