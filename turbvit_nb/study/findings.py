@@ -374,7 +374,7 @@ def masks_fit(study: Study) -> list[Finding]:
     "What masks are worth that were found in another flow, as they are and after finetuning."
     said = []
     for epochs in dict.fromkeys(map(epochs_of, study.carried)):
-        ends = against_own(study.points, epochs)
+        ends = against_own(study.carried, epochs)
         if ends[3]:
             when = f"finetuned for {epochs:g} epoch{'s' * (epochs != 1)}" if epochs else "as they are"
             told = f"Masks of the other flow, {when}, against masks found on the spot and as long finetuned: "

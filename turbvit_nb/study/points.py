@@ -26,7 +26,7 @@ from ..lab.checkpoints import parse_name
 from ..lab.plots import Table, interval_text
 from ..physics.metrics import horizon
 from .costs import reference_of
-from .differences import controls, extra_training, home_of, start_of, taught
+from .differences import controls, home_of, start_of, taught, untrained
 from .entries import Entry, synthetic_entry
 from .tables import short_count, unbroken
 
@@ -223,7 +223,7 @@ def features(entry: Entry, reference: Entry | None) -> dict:
         given = criterion == "given"  # masks of another model are no criterion
         found = {"criterion": "" if given else criterion, "unit": _unit(entry)}
         found |= {"masks": _masks_of(entry)} if given else {}
-        found["untrained"] = (extra_training(entry) or [None])[0] == 0
+        found["untrained"] = untrained(entry)
     if kind == "small dense":
         model = entry.setting.get("model", {})
         width = "base_channels" if _network(entry) == "UNet" else "embed_dim"
