@@ -258,8 +258,7 @@ def criteria_beliefs(study: Study) -> list[Finding]:
     tell = lambda a, b, ends: f"{a} over {b}: {percents(ends)} {mean} ({_seeds(ends[3])})."
     said = []
     others = [name for name in names if name not in ("l1", "random")]
-    if "l1" in names and others:
-        gains = {name: ahead(study, name, "l1") for name in others}
+    if gains := {name: ends for name in others if (ends := ahead(study, name, "l1"))[3]}:
         best = max(gains, key=lambda name: gains[name][0])
         ends = gains[best]
         words = {"more": "fails", "less": "holds", "open": "unknown"}[shown(ends)]
@@ -267,8 +266,8 @@ def criteria_beliefs(study: Study) -> list[Finding]:
                 "unknown": "these seeds do not tell"}[words]
         said.append(Finding(words, "belief",
                             f"“Magnitudes are all one needs”: {told}. {tell(best, 'l1', ends)}"))
-    if "random" in names and len(names) > 1:
-        gains = {name: ahead(study, name, "random") for name in names if name != "random"}
+    others = [name for name in names if name != "random"]
+    if gains := {name: ends for name in others if (ends := ahead(study, name, "random"))[3]}:
         worst = min(gains, key=lambda name: gains[name][0])
         said.append(belief("Any criterion is better than chance", gains[worst],
                            "The least: " + tell(worst, "random", gains[worst])))
