@@ -122,4 +122,6 @@ def load_emulator(
     state = read_checkpoint(checkpoint, device)
     if not isinstance(state, dict) or "model_state" not in state:
         raise LabError(f"{checkpoint} is not a checkpoint of a model: it has no 'model_state'")
+    if holds := state.get("holds"):
+        raise LabError(f"{checkpoint} holds {holds}, which is no emulator")
     return emulator_from_state(state, str(checkpoint)).to(device).eval()

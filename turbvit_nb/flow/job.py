@@ -44,11 +44,17 @@ class FlowConfig(LoopConfig):
     rollout_steps: int = Field(20, ge=1)  # length of the validation rollouts
     rollout_starts: int = Field(8, ge=1)  # how many, spread over the validation range
     rollout_members: int = Field(8, ge=2)  # of each
-    monitor: Literal["crps", "validation_loss", "rollout_vrmse"] = "crps"  # decides which is best
+    monitor: Literal["crps", "rollout_vrmse", "validation_loss", "energy_distance", "frechet_distance"] | None = None
+    # decides which is best: crps by default, energy_distance for pictures
+
+    @property
+    def drawn_times(self) -> dict:
+        "How times are drawn, as arguments of `draw_times`."
+        return dict(kind=self.times) | ({} if self.times == "uniform" else dict(mean=self.times_mean, std=self.times_std))
 
     def check(self, config: Config, name: str) -> None:
         "Raise `LabError`, one line, where the section asks for what cannot be done."
-        for message in _impossible(self, config.sections.get("model")):
+        for message in _impossible(self, config.sections.get("model"), config.has("images")):
             raise LabError(f"{name}: {message}")
         for sampler in [f"{self.solver} {self.steps}", *self.samplers]:
             read_sampler(sampler)
@@ -56,8 +62,13 @@ class FlowConfig(LoopConfig):
             load_emulator(path)
 
 # %% ../../nbs/14_flow.ipynb #6fea42ec
-def _impossible(flow: FlowConfig, model: ModelConfig | None) -> Iterator[str]:
+_MONITORS = {False: ("crps", "rollout_vrmse", "validation_loss"), True: ("energy_distance", "frechet_distance", "validation_loss")}
+
+
+def _impossible(flow: FlowConfig, model: ModelConfig | None, pictures: bool) -> Iterator[str]:
     "What is wrong, a line each."
+    if flow.monitor not in (None, *_MONITORS[pictures]):
+        yield f"monitor = {flow.monitor} is not measured here: give one of {', '.join(_MONITORS[pictures])}"
     if model is not None and not model.draws:
         yield f"a {model.model_type} cannot be told noise: set model.model_type to DiT or ToldUNet"
     if flow.guidance != 1 and not flow.label_dropout:
@@ -126,8 +137,7 @@ def train_flow(
     flow, model = run.config.section("flow"), run.config.section("model")
     train_set, validation_set = training_sets(run.config, model.fields, model.num_frames)
     emulator, seed = build_generative(run, train_set, about), run.config.top.seed
-    times = dict(kind=flow.times) | ({} if flow.times == "uniform" else dict(mean=flow.times_mean, std=flow.times_std))
-    how = dict(equal=flow.equal, members=flow.members, **times)
+    how = dict(equal=flow.equal, members=flow.members, **flow.drawn_times)
     validation = EnsembleValidation(
         validation_set, climatology(train_set), flow.rollout_steps, flow.rollout_starts, device=run.device,
         members=flow.rollout_members, how=how,
@@ -135,7 +145,7 @@ def train_flow(
     batches = training_batches(train_set, flow, seed, run.device)
     learner = fit(
         run, emulator, drawn_losses, batches, validation, lambda: emulator_state(emulator), flow,
-        monitor=flow.monitor, identity=Identity("best", "generative", parent=flow.around),
+        monitor=flow.monitor or "crps", identity=Identity("best", "generative", parent=flow.around),
         callbacks=[Draws(emulator, seed, **how), *callbacks], weights=emulator.network, show=["validation_loss", "spread_skill"],
     )
     keep_samplers(run, flow.samplers)

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Generator, Tensor
 
 from ..datasets import FrameDataset
-from .generative import Generative, drawn_losses
+from .generative import Drawing, Generative, drawn_losses
 from .paths import draw_pairs, draw_times
 from ..forecast.validation import Validation, can_roll, lead_scores, samples_of, summarise
 from ..lab.learner import Callback, Learner
@@ -21,8 +21,8 @@ from ..physics.spectral import Grid
 
 # %% ../../nbs/flow/05_teaching.ipynb #201d406f
 def draws_for(
-    emulator: Generative,
-    x: Tensor,  # frames (B, C, T, N, N)
+    emulator: Drawing,
+    x: Tensor,  # frames (B, C, T, N, N), or pictures (B, C, 1, N, N)
     generator: Generator,  # of all that is drawn; on the device of x
     *,
     equal: float = 0.5,  # MeanFlow: the share of samples with r = t
@@ -48,7 +48,7 @@ class Draws(Callback):
 
     order = -10
 
-    def __init__(self, emulator: Generative, seed: int = 0, **how):
+    def __init__(self, emulator: Drawing, seed: int = 0, **how):
         self.emulator, self.seed, self.how = emulator, seed, how
 
     def before_batch(self, learner: Learner) -> None:
