@@ -5,13 +5,12 @@ import pytest
 import tomli_w
 import torch
 
-from same_bits import equal
+from same_bits import StopSoon, equal
 from turbvit_nb.climate.rollouts import open_rollouts
 from turbvit_nb.flow.generative import Generative
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.learner import Callback
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
 from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, emulator_state, load_emulator
 from turbvit_nb.short_analysis import short_analysis
@@ -61,13 +60,6 @@ def test_every_method_trains_every_network(home, network, method):
 def test_a_stopped_job_ends_with_the_same_bits(home):
     whole = open_run(config(home, "whole", method="meanflow", label_dropout=0.2, ema=0.9), "flow")
     train_flow(whole)
-
-    class StopSoon(Callback):
-        "Stops after three batches."
-
-        def after_batch(self, learner):
-            if learner.step == 3:
-                learner.stop = "asked to"
 
     path = config(home, "halves", method="meanflow", label_dropout=0.2, ema=0.9)
     with pytest.raises(Stopped):

@@ -7,12 +7,11 @@ import tomli_w
 import torch
 from PIL import Image
 
-from same_bits import equal
+from same_bits import StopSoon, equal
 from turbvit_nb.flow.images import load_images_model, shapes
 from turbvit_nb.images import train_images
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.learner import Callback
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
 from turbvit_nb.model import load_emulator
 
@@ -33,14 +32,6 @@ def config(home: Path, name: str, images: dict = {}, model: dict = {}, **flow) -
     path = home / f"{name}.toml"
     path.write_text(tomli_w.dumps(made))
     return path
-
-
-class StopSoon(Callback):
-    "Stops after three batches."
-
-    def after_batch(self, learner):
-        if learner.step == 3:
-            learner.stop = "asked to"
 
 
 @pytest.mark.parametrize("method", ["flow_matching", "meanflow"])

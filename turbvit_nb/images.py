@@ -62,9 +62,7 @@ def build_images_model(run: Run, images: ImageSet) -> ImageModel:  # on the run'
     if flow.label_dropout and not images.classes:
         raise LabError(f"flow.label_dropout: {images.name} has no labels to drop")
     made = dict(num_frames=0, classes=len(images.classes), target="absolute")
-    how = dict(method=flow.method, path=flow.path, solver=flow.solver, steps=flow.steps, power=flow.power,
-               guidance=flow.guidance, dropped=flow.label_dropout)
-    return ImageModel(create_model(**model.model_dump() | made), images.classes, **how).to(run.device)
+    return ImageModel(create_model(**model.model_dump() | made), images.classes, **flow.how).to(run.device)
 
 
 def train_images(

@@ -30,7 +30,7 @@ Method = Literal["flow_matching", "meanflow", "improved_meanflow", "crps"]
 
 
 class Drawing:
-    "A network that draws: how it was taught, and how it is sampled. For a module that has a `network`."
+    "A network that draws: how it was taught, and how it is sampled. For a module that has a `network` and a `mean_velocity`."
 
     network: nn.Module
 
@@ -61,7 +61,7 @@ class Drawing:
         return (1 if self.method == "crps" else own) * (1 if self.guidance == 1 else 2)
 
 # %% ../../nbs/flow/04_generative.ipynb #b47eac70
-HOW = ("method", "path", "solver", "steps", "guidance", "dropped", "power")
+HOW = tuple(Drawing.draw_by.__kwdefaults__)
 
 
 @patch
@@ -84,18 +84,20 @@ def drawn(
 @patch
 def taught(
     self: Drawing,
-    u_for: Callable[[Tensor], Callable],  # the mean velocity for some samples of the batch, by a mask (B,)
     x: Tensor,  # data (B, …)
     e: Tensor,  # noise of the same shape
     r: Tensor,  # times (B,)
     t: Tensor,  # times (B,), r ≤ t
+    about: tuple[Tensor | None, ...],  # (B, …), what `mean_velocity` is given
+    told: Tensor | None = None,  # (B,), whether a sample is told its regime or label
 ) -> Tensor:  # (B,)
     "The loss of flow matching, or of MeanFlow in one form or the other."
     loss, path = torch.empty_like(t), path_named(self.path)
     for part in (r == t, r < t):
         if not part.any():
             continue
-        u, data = u_for(part), (x[part], e[part])
+        *some, heard = (None if value is None else value[part] for value in (*about, told))
+        u, data = partial(self.mean_velocity(*some), told=heard), (x[part], e[part])
         if self.method == "flow_matching":
             loss[part] = flow_matching(u, *data, t[part], path)
             continue
@@ -206,13 +208,7 @@ def generative_losses(
         u, zero = self.mean_velocity(z, cond), torch.zeros_like(t)
         members = [self.constrained(origin + scale * u(one, zero, zero + 1, told)) for one in e]
         return crps(torch.stack(members), wanted, [self.seen_at(n) for n in range(3)])
-    x = (wanted - origin) / scale
-
-    def u_for(part: Tensor):
-        some = [None if v is None else v[part] for v in (cond, told)]
-        return partial(self.mean_velocity(z[part], some[0]), told=some[1])
-
-    return self.taught(u_for, x, e, r, t)
+    return self.taught((wanted - origin) / scale, e, r, t, (z, cond), told)
 
 # %% ../../nbs/flow/04_generative.ipynb #a0c536ae
 @patch

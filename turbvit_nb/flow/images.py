@@ -8,7 +8,6 @@ __all__ = ['SHAPES', 'shapes', 'ImageSet', 'read_images', 'ImageModel', 'image_l
 
 # %% ../../nbs/flow/06_images.ipynb #34cbfd64
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..emulators.files import load_weights
+from ..emulators.kinds import evaluating
 from .generative import HOW, Drawing
 from .scores import energy_distance, frechet_distance
 from .teaching import draws_for
@@ -220,11 +220,7 @@ def forward(
     told: Tensor | None = None,  # (B,), whether a sample is told its label
 ) -> Tensor:  # (B,)
     "The loss of each image."
-    def u_for(part: Tensor):
-        some = [None if v is None else v[part] for v in (cond, told)]
-        return partial(self.mean_velocity(some[0]), told=some[1])
-
-    return self.taught(u_for, x, e, r, t)
+    return self.taught(x, e, r, t, (cond,), told)
 
 
 def image_losses(model: ImageModel, batch: dict[str, Tensor]) -> Tensor:  # (B,)
@@ -233,7 +229,6 @@ def image_losses(model: ImageModel, batch: dict[str, Tensor]) -> Tensor:  # (B,)
 
 # %% ../../nbs/flow/06_images.ipynb #ed7c2ebb
 @patch
-@torch.no_grad()
 def draw(
     self: ImageModel,
     labels: Tensor | int,  # (B,), or B for a model without classes
@@ -249,10 +244,8 @@ def draw(
     e = torch.randn(count, *self.shape, generator=generator).to(device)
     cond = [None] * count if isinstance(labels, int) else labels.to(device)
     pieces = [cond[i : i + block] if torch.is_tensor(cond) else None for i in range(0, count, block)]
-    training = self.training
-    self.eval()
-    drawn = [self.drawn(self.mean_velocity(told), some) for some, told in zip(e.split(block), pieces)]
-    self.train(training)
+    with evaluating(self):
+        drawn = [self.drawn(self.mean_velocity(told), some) for some, told in zip(e.split(block), pieces)]
     return torch.cat(drawn)[:, :, 0]
 
 # %% ../../nbs/flow/06_images.ipynb #93695ee4

@@ -52,6 +52,12 @@ class FlowConfig(LoopConfig):
         "How times are drawn, as arguments of `draw_times`."
         return dict(kind=self.times) | ({} if self.times == "uniform" else dict(mean=self.times_mean, std=self.times_std))
 
+    @property
+    def how(self) -> dict:
+        "How the model is taught and sampled, as arguments of `Drawing.draw_by`."
+        same = ("method", "path", "solver", "steps", "power", "guidance")
+        return {name: getattr(self, name) for name in same} | {"dropped": self.label_dropout}
+
     def check(self, config: Config, name: str) -> None:
         "Raise `LabError`, one line, where the section asks for what cannot be done."
         for message in _impossible(self, config.sections.get("model"), config.has("images")):
@@ -109,10 +115,8 @@ def build_generative(
     model, flow = run.config.section("model"), run.config.section("flow")
     scale = None if about is None else left_over(about, dataset, device=run.device).cpu()
     kept = settings_of(model) | dict(step=dataset.step, input_step=dataset.input_step)
-    how = dict(method=flow.method, path=flow.path, solver=flow.solver, steps=flow.steps, power=flow.power,
-               guidance=flow.guidance, dropped=flow.label_dropout)
     emulator = Generative(
-        create_model(**model.model_dump()), statistics(dataset), around=about, scale=scale, **how, **kept,
+        create_model(**model.model_dump()), statistics(dataset), around=about, scale=scale, **flow.how, **kept,
     ).to(run.device)
     if flow.method == "crps":
         measure_levels(emulator, dataset)
