@@ -182,10 +182,11 @@ class ToldUNetConfig(GenerativeConfig):
 
     base_channels: int = Field(32, gt=0)  # channels on the fine grid
     depth: int = Field(2, ge=0)  # halvings of the grid
+    patch_size: int = Field(1, gt=0)  # points per side that the first layer takes together
 
     def divisions(self) -> list[tuple[str, str | int]]:
         "The grid can be halved, and the channels form groups."
-        return [("img_size", 2**self.depth), ("base_channels", 8)]
+        return [("img_size", self.patch_size * 2**self.depth), ("base_channels", 8)]
 
 
 @network(ToldUNetConfig)
@@ -197,6 +198,7 @@ class ToldUNet(UNet):
         *,
         base_channels: int,  # channels on the fine grid, doubled at each halving
         depth: int,  # halvings of the grid
+        patch_size: int = 1,  # points per side that the first layer takes together
         num_frames: int = 1,  # input frames T
         in_chans: int = 2,  # fields C
         conditions: list[str] = list(FEATURES),  # flow parameters it is told
@@ -205,7 +207,7 @@ class ToldUNet(UNet):
     ):
         width = 4 * base_channels
         block = partial(ModulatedResidual, told=width)
-        sizes = dict(base_channels=base_channels, depth=depth, in_chans=in_chans)
+        sizes = dict(base_channels=base_channels, depth=depth, patch_size=patch_size, in_chans=in_chans)
         super().__init__(num_frames=num_frames + 1, block=block, **sizes)
         self.told = Told(embed_dim=width, conditions=conditions, classes=classes, highest=highest)
         nn.init.zeros_(self.output.weight)

@@ -24,11 +24,12 @@ class UNetConfig(NetworkConfig):
 
     base_channels: int = Field(32, gt=0)  # channels on the fine grid
     depth: int = Field(2, ge=0)  # halvings of the grid
+    patch_size: int = Field(1, gt=0)  # points per side that the first layer takes together
     dropout: float = Field(0.0, ge=0, lt=1)  # chance to drop a channel
 
     def divisions(self) -> list[tuple[str, str | int]]:
         "The grid can be halved, and the channels form groups."
-        return [("img_size", 2**self.depth), ("base_channels", 8)]
+        return [("img_size", self.patch_size * 2**self.depth), ("base_channels", 8)]
 
 # %% ../../nbs/networks/01_unet.ipynb #ebc5346e
 @network(UNetConfig)
@@ -40,6 +41,7 @@ class UNet(nn.Module):
         *,
         base_channels: int,  # channels on the fine grid, doubled at each halving
         depth: int,  # halvings of the grid
+        patch_size: int = 1,  # points per side p that the first layer takes together
         dropout: float = 0.0,  # chance to drop a channel, in training
         num_frames: int = 1,  # input frames T
         in_chans: int = 2,  # fields C
@@ -50,14 +52,15 @@ class UNet(nn.Module):
         pairs = list(zip(widths, widths[1:]))
         made = block or partial(ResidualBlock, dropout=dropout)
         block = lambda a, b: made(in_chans=a, out_chans=b)
-        self.stem = CircularConv(in_chans * num_frames, base_channels)
+        self.patch_size = patch_size
+        self.stem = CircularConv(in_chans * num_frames * patch_size**2, base_channels)
         self.down = nn.ModuleList(block(fine, fine) for fine, _ in pairs)
         self.shrink = nn.ModuleList(downsample(fine, coarse) for fine, coarse in pairs)
         self.middle = nn.Sequential(block(widths[-1], widths[-1]), block(widths[-1], widths[-1]))
         self.grow = nn.ModuleList(upsample(coarse, fine) for fine, coarse in reversed(pairs))
         self.up = nn.ModuleList(block(2 * fine, fine) for fine, _ in reversed(pairs))
         self.norm = nn.GroupNorm(8, base_channels)
-        self.output = CircularConv(base_channels, in_chans, bias=False)
+        self.output = CircularConv(base_channels, in_chans * patch_size**2, bias=False)
 
 # %% ../../nbs/networks/01_unet.ipynb #36e3a827
 @patch
@@ -67,7 +70,7 @@ def through(
     *told: Tensor,  # what else every block is given
 ) -> Tensor:  # (B, C, 1, N, N)
     "Down to the coarsest grid and up again."
-    x, bridges = self.stem(frames.flatten(1, 2)), []
+    x, bridges = self.stem(F.pixel_unshuffle(frames.flatten(1, 2), self.patch_size)), []
     for block, shrink in zip(self.down, self.shrink):
         bridges.append(block(x, *told))
         x = shrink(bridges[-1])
@@ -75,7 +78,7 @@ def through(
         x = block(x, *told)
     for grow, block in zip(self.grow, self.up):
         x = block(torch.cat([grow(x), bridges.pop()], 1), *told)
-    return self.output(F.gelu(self.norm(x)))[:, :, None]
+    return F.pixel_shuffle(self.output(F.gelu(self.norm(x))), self.patch_size)[:, :, None]
 
 
 @patch
