@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from torch import nn
 from turbvit_nb import short_analysis as chapter
 from turbvit_nb.data.generate import GenerateConfig, generate
 from turbvit_nb.datasets import DatasetConfig, open_dataset
-from turbvit_nb.forecast import baselines, ceiling, reading
+from turbvit_nb.forecast import baselines, ceiling, ensembles, reading
 from turbvit_nb.forecast import starts as begin
-from turbvit_nb.forecast.ceiling import score_ensemble
+from turbvit_nb.forecast.ensembles import emulator_ensemble
 from turbvit_nb.forecast.figures import verdict
 from turbvit_nb.forecast.reading import curve, curve_interval, horizons, read_short
 from turbvit_nb.forecast.scores import FORECASTS
@@ -416,7 +417,11 @@ def test_several_runs_in_one_go(folder, home):
 
 def test_an_ensemble_scores_as_scoringrules_says(folder):
     scores = go(folder, short_analysis, "analysis.members=5", "analysis.perturbation=0.5")["best"]
+    assert list(scores.ensemble.values) == ["emulator", "climatology"] and scores.attrs["perturbation"] == 0.5
+    usual, scores = scores.sel(ensemble="climatology"), scores.sel(ensemble="emulator")
     assert scores.rank_count.dims == ("lead", "field", "rank") and (scores.rank_count.sum("rank") == STARTS * N * N).all()
+    ratio = usual.spread.sel(field="u").mean() / usual.skill.sel(field="u").mean()
+    assert 0.5 < ratio < 1.5 and abs(usual.crps.sel(field="u").mean("start").diff("lead")).max() < 0.2 * usual.crps.max()
     run = open_run(folder, "short_analysis", ["analysis.members=5"])
     dataset = open_scored(run.config)
     starts = Starts(dataset, start_samples(len(dataset), STARTS), torch.zeros(2, N, N), run.device)
@@ -424,7 +429,7 @@ def test_an_ensemble_scores_as_scoringrules_says(folder):
     group = next(starts.groups())
     spectrum = 0.25 * begin.one_step_error(emulator, starts)
     lead = 4
-    states = list(ceiling.ensemble_states(emulator, group, lead, 5, spectrum))[-1].double().numpy()
+    states = list(ensembles.ensemble_states(emulator, group, lead, 5, spectrum))[-1].double().numpy()
     there = group["truth"][:, :, lead - 1].double().numpy()
     crps = scoringrules.crps_ensemble(there, states, m_axis=1, estimator="fair").mean((-2, -1))
     np.testing.assert_allclose(scores.crps.sel(lead=lead).values[:, :2], crps, rtol=1e-3)
@@ -432,6 +437,33 @@ def test_an_ensemble_scores_as_scoringrules_says(folder):
     np.testing.assert_allclose(scores.skill.sel(lead=lead).values[:, :2], np.sqrt(((states.mean(1) - there) ** 2).mean((-2, -1))), rtol=1e-3)
     start = Grid.of(torch.from_numpy(states)).energy_spectrum(torch.from_numpy(states - states.mean(1, keepdims=True)))
     assert float(start.sum()) > 0
+
+
+def test_a_perturbation_is_tuned_on_frames_that_are_not_scored(folder, home):
+    scores = go(folder, short_analysis, "analysis.members=4", "analysis.perturbation=tuned")["best"]
+    size = scores.attrs["perturbation"]
+    assert 1 / 64 <= size <= 64 and abs(2 * np.log2(size) - round(2 * np.log2(size))) < 1e-9
+    fixed = go(folder, short_analysis, "analysis.members=4", f"analysis.perturbation={size}")["best"]
+    np.testing.assert_array_equal(fixed.crps, scores.crps)
+    path = write(home, "vit", 'checkpoint_dir = "vit"\n')
+    path.write_text(re.sub(r"\[test_dataset\].*?(?=\[training)", "", path.read_text(), flags=re.S))
+    with pytest.raises(LabError, match="needs .validation_dataset. beside .test_dataset."):
+        go(path, short_analysis, "output_dir=blind", "analysis.members=4", "analysis.perturbation=tuned")
+
+
+def test_the_solver_parts_from_itself_where_frames_do_not_hold_its_waves(home, folder, capsys, monkeypatch):
+    fine = GenerateConfig(data_dir=str(home / "fine"), Re=100, fky=4, beta=20.0, NX=N, solve_NX=2 * N, n_frames=40, t_save=0.1, spin_up=20.0)
+    dataset = open_dataset(DatasetConfig(data_dirs=[str(generate(fine))], frame_range=[[1, 41]], mode="read"), num_frames=begin.HISTORY)
+    dataset.targets = LEADS
+    starts = Starts(dataset, start_samples(len(dataset), 4), torch.zeros(2, N, N), torch.device("cpu"))
+    unseen = ensembles.unseen_spectrum(starts)
+    scores = ensembles.score_ensemble(lambda group: ensembles.solver_members(starts, group, 4, unseen), starts, 4, "solver")
+    scores = scores.sel(ensemble="solver", field="omega")
+    still = begin.score_forecast(starts, "persistence", lambda group: [group["x"][:, :, 0]] * LEADS)
+    assert (scores.spread > 0).all() and (scores.skill < 0.2 * still.rmse.sel(forecast="persistence", field="omega")).all()
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
+    go(folder, short_analysis, "analysis.members=4", "analysis.solver_ensemble=true")
+    assert "no ensemble of the solver: the frames hold all of its waves" in "".join(capsys.readouterr())
 
 
 def test_starts_of_several_flows_are_advanced_each_by_its_own(home, data):
@@ -481,11 +513,11 @@ def starts(folder) -> Starts:
 
 def test_a_generative_emulator_makes_its_own_members(starts):
     torch.manual_seed(0)
-    scores = score_ensemble(noisy_emulator(0.1), starts, 4, perturbation=0.0)
-    spread = scores.spread.sel(field=["u", "v"]).mean(("start", "field")).values
+    scores = emulator_ensemble(noisy_emulator(0.1), starts, 4, perturbation=0.0)
+    spread = scores.spread.sel(field=["u", "v"], ensemble="emulator").mean(("start", "field")).values
     np.testing.assert_allclose(spread[1:] / spread[0], np.sqrt(np.arange(2, LEADS + 1)), rtol=0.1)  # a random walk
     with pytest.raises(LabError, match="the 4 members are all the same: .* set analysis.perturbation above 0"):
-        score_ensemble(noisy_emulator(0.0), starts, 4, perturbation=0.0)
+        emulator_ensemble(noisy_emulator(0.0), starts, 4, perturbation=0.0)
 
 
 def test_what_came_before_a_nan_is_kept_and_marked(starts):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SQUARED', 'CRITERIA', 'curve', 'start_block', 'curve_interval', 'horizons', 'criteria', 'horizon_text',
-           'forecasts_in', 'beaten_until', 'growth', 'summary_row', 'thousandths', 'read_short', 'labelled']
+           'forecasts_in', 'beaten_until', 'growth', 'summary_row', 'thousandths', 'spread_ratio', 'ensemble_row',
+           'read_short', 'labelled']
 
 # %% ../../nbs/forecast/06_reading.ipynb #12355f32
 import math
@@ -19,6 +20,7 @@ from .scores import FORECASTS, horizon_words
 from ..lab.checkpoints import identity_from, order
 from ..lab.results import read_netcdf
 from ..lab.runs import result_file
+from ..physics.ensembles import spread_skill_ratio
 from ..physics.predictability import horizon_interval
 from ..physics.statistics import block_bootstrap, block_length
 
@@ -28,13 +30,13 @@ SQUARED = ("rmse", "band_rmse", "spread", "skill")  # averaged over starts as ro
 
 def curve(
     scores: xr.Dataset,
-    name: str,  # "acc", "rmse", "vrmse", "nrmse", "mae", "bias", "band_rmse"
+    name: str,  # "acc", "rmse", "vrmse", "nrmse", "mae", "bias", "band_rmse"; "crps", "spread", … of ensembles
     field: str = "u",
     forecast: str = "emulator",
     **where,  # e.g. band="small"
 ) -> np.ndarray:
     "The mean over starts (lead,); NaN from the lead on at which a forecast is no longer finite."
-    which = {"forecast": forecast} if "forecast" in scores[name].dims else {}
+    which = {dim: forecast for dim in ("forecast", "ensemble") if dim in scores[name].dims}
     values = scores[name].sel(field=field, **where, **which)
     power = 2 if name in SQUARED else 1
     return (values**power).mean("start", skipna=False).values ** (1 / power)
@@ -142,6 +144,23 @@ def summary_row(scores: xr.Dataset, forecast: str = "emulator", field: str = "u"
 def thousandths(acc: float) -> str:
     "What an ACC lacks to 1, in thousandths; – where it is not known."
     return "–" if math.isnan(acc) else f"{1000 * (1 - acc):.1f}"
+
+# %% ../../nbs/forecast/06_reading.ipynb #9c3806f5
+def spread_ratio(scores: xr.Dataset, field: str = "u", ensemble: str = "emulator") -> np.ndarray:
+    "Spread over skill (lead,), corrected for the number of members; see `spread_skill_ratio`."
+    which = {"ensemble": ensemble} if "ensemble" in scores.spread.dims else {}
+    spread, skill = (scores[name].sel(field=field, **which).transpose("start", "lead") for name in ("spread", "skill"))
+    members = scores.sizes["rank"] - 1
+    return spread_skill_ratio(torch.tensor(spread.values), torch.tensor(skill.values), members).numpy()
+
+
+def ensemble_row(scores: xr.Dataset, field: str = "u", ensemble: str = "emulator") -> dict:
+    "CRPS at about six leads, the mean ratio of spread to skill, and the ACC of the mean at the last lead."
+    chosen = np.unique(np.linspace(1, len(scores.lead), min(6, len(scores.lead))).round().astype(int)) - 1
+    crps, times = curve(scores, "crps", field, ensemble), scores.lead_time.values
+    row = {f"CRPS of {field} at {times[i]:.3g}": float(crps[i]) for i in chosen}
+    row |= {"spread ÷ skill": float(spread_ratio(scores, field, ensemble).mean())}
+    return row | {"ACC of the mean, last lead": float(curve(scores, "mean_acc", field, ensemble)[-1])}
 
 # %% ../../nbs/forecast/06_reading.ipynb #464c4139
 def read_short(

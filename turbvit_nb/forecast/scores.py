@@ -128,6 +128,7 @@ _LONG_NAMES = {
     "energy_score": "fair energy score of the ensemble, norm: root mean square over the domain",
     "spread": "root of the unbiased variance of the members, averaged over the domain",
     "skill": "root mean square error of the ensemble mean",
+    "mean_acc": "uncentred anomaly correlation of the ensemble mean",
     "rank_count": "points at which the truth has this rank among the members, all starts",
     "omega_emulator": "vorticity of the forecast from the first start",
     "omega_truth": "vorticity of the truth from the first start",
