@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 from turbvit_nb.cli import app
 from turbvit_nb.explore import explore
 from turbvit_nb.physics.spectral import Grid
+from turbvit_nb.study.entries import entries_of
+from turbvit_nb.study.page import html_of, page
+from turbvit_nb.study.shown import shown
 
 SHOWN, LEADS, STARTS = [1, 5, 10, 20], 20, 3
 
@@ -278,3 +281,41 @@ def test_command(study, tmp_path, monkeypatch):
     assert ran.exit_code == 1 and "nothing to explore: no short analysis in bare" in ran.output
     ran = CliRunner().invoke(app, ["explore", str(study / "vti")])
     assert ran.exit_code == 1 and "no config or run folder" in ran.output
+
+
+class Rolled:
+    "A rollout of a known wave, in memory."
+
+    def __init__(self, shift: float, truth: np.ndarray):
+        self.shift, self.there, self.followed, self.header = shift, truth, np.array(SHOWN), {"start": {"frame": 7}}
+
+    def vorticity(self, steps):
+        return self.truth(steps) + self.shift
+
+    def truth(self, steps):
+        return self.there[np.isin(self.followed, steps)]
+
+
+def test_an_ensemble_has_a_mean_a_spread_and_members(browser, study, tmp_path):
+    entry = entries_of("unet", study / "unet")[0][0]
+    truth = entry.scores.omega_truth.values
+    crps = xr.DataArray(np.stack([np.ones((STARTS, LEADS, 3)), 4 * np.ones((STARTS, LEADS, 3))]), dims=("ensemble", "start", "lead", "field"))
+    entry.scores = entry.scores.assign(crps=crps).assign_coords(ensemble=["emulator", "climatology"])
+    parts = [shown(entry, [[Rolled(shift, truth) for shift in (-2.0, 0.0, 5.0)]])]
+    path = tmp_path / "ensemble.html"
+    path.write_text(html_of(page(parts), [part["label"] for part in parts]), encoding="utf-8")
+    explorer = Explorer(browser, path)
+    assert explorer.options("start")[1:] == ["frame 7, mean of 3 members", "frame 7, spread of 3 members", *(f"frame 7, member {m}" for m in (1, 2, 3))]
+    explorer.choose("start", "frame 7, mean of 3 members")
+    there, mean, error = explorer.images()
+    np.testing.assert_allclose(mean - there, 1.0, atol=0.15)
+    explorer.choose("start", "frame 7, spread of 3 members")
+    _, spread, wrong = explorer.images()
+    np.testing.assert_allclose(spread, np.std([-2, 0, 5], ddof=1), atol=0.1)
+    np.testing.assert_allclose(wrong, error, atol=1e-6)
+    explorer.choose("of", "u")
+    assert np.isnan(explorer.images()[1]).all() and np.isfinite(explorer.images()[2]).all()
+    explorer.choose("of", "ω")
+    explorer.choose("score", "CRPS")
+    assert "CRPS of ω 1.000, against climatology 4.000" in explorer.words and explorer.complaints == []
+    explorer.page.context.close()

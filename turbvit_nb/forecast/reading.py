@@ -28,6 +28,11 @@ from ..physics.statistics import block_bootstrap, block_length
 SQUARED = ("rmse", "band_rmse", "spread", "skill")  # averaged over starts as root mean squares
 
 
+def _whose(values: xr.DataArray, name: str) -> dict[str, str]:
+    "The choice of a forecast, or of an ensemble, along the axis that tells them apart."
+    return {dim: name for dim in ("forecast", "ensemble") if dim in values.dims}
+
+
 def curve(
     scores: xr.Dataset,
     name: str,  # "acc", "rmse", "vrmse", "nrmse", "mae", "bias", "band_rmse"; "crps", "spread", … of ensembles
@@ -36,8 +41,7 @@ def curve(
     **where,  # e.g. band="small"
 ) -> np.ndarray:
     "The mean over starts (lead,); NaN from the lead on at which a forecast is no longer finite."
-    which = {dim: forecast for dim in ("forecast", "ensemble") if dim in scores[name].dims}
-    values = scores[name].sel(field=field, **where, **which)
+    values = scores[name].sel(field=field, **where, **_whose(scores[name], forecast))
     power = 2 if name in SQUARED else 1
     return (values**power).mean("start", skipna=False).values ** (1 / power)
 
@@ -59,10 +63,10 @@ def curve_interval(
     **where,  # e.g. band="small"
 ) -> tuple[np.ndarray, np.ndarray] | None:
     "Block-bootstrap interval (low, high), each (lead,), of `curve`; None for fewer than two blocks."
-    block = start_block(scores, forecast)
+    block = start_block(scores, forecast if forecast in scores.forecast.values else "emulator")
     if scores.sizes["start"] < 2 * block or scores.sizes["start"] < 2:
         return None
-    values = scores[name].sel(field=field, forecast=forecast, **where)
+    values = scores[name].sel(field=field, **where, **_whose(scores[name], forecast))
     values = values.transpose("start", "lead").values
     power = 2 if name in SQUARED else 1
     samples = torch.tensor(values).double() ** power
@@ -148,8 +152,7 @@ def thousandths(acc: float) -> str:
 # %% ../../nbs/forecast/06_reading.ipynb #9c3806f5
 def spread_ratio(scores: xr.Dataset, field: str = "u", ensemble: str = "emulator") -> np.ndarray:
     "Spread over skill (lead,), corrected for the number of members; see `spread_skill_ratio`."
-    which = {"ensemble": ensemble} if "ensemble" in scores.spread.dims else {}
-    spread, skill = (scores[name].sel(field=field, **which).transpose("start", "lead") for name in ("spread", "skill"))
+    spread, skill = (scores[name].sel(field=field, **_whose(scores[name], ensemble)).transpose("start", "lead") for name in ("spread", "skill"))
     members = scores.sizes["rank"] - 1
     return spread_skill_ratio(torch.tensor(spread.values), torch.tensor(skill.values), members).numpy()
 

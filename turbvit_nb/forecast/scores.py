@@ -22,7 +22,7 @@ from ..physics.spectral import Grid
 
 # %% ../../nbs/forecast/01_scores.ipynb #1aa9a0da
 FORECASTS = ("emulator", "persistence", "damped", "climatology", "linear", "ceiling")
-LABELS = {"damped": "damped persistence", "linear": "linear model"}  # the others go by their own name
+LABELS = {"damped": "damped persistence", "linear": "linear model", "solver": "the solver's own"}  # the others go by their own name
 UNITS = {"u": "length/time", "v": "length/time", "omega": "1/time"}
 
 

@@ -78,6 +78,10 @@ const velocity = (w, N, which) => {
   return out
 }
 const component = (w, N) => field.value === 'omega' ? w : velocity(w, N, field.value)
+const drawn_of = (part, i, size, N) => {
+  const w = decoded(part.omega, i, size)
+  return part.spread && field.value !== 'omega' ? w.map(_ => NaN) : component(w, N)
+}
 const image = (w, N) => new Field(Float32Array.from(w), [N, N])
 """
 
@@ -87,21 +91,23 @@ const N = begun.N, size = N * N
 const put = (name, values, side) => { panels[name].data = {image: [image(values, side)]} }
 const error = component(decoded(begun.error, l, size), N)
 put('truth', component(decoded(truths[begun.truth], l, size), N), N)
-put('forecast', component(decoded(begun.omega, l, size), N), N)
+put('forecast', drawn_of(begun, l, size, N), N)
 put('error', error, N)
 const limit = begun.limit[field.value], largest = values => values.reduce((a, v) => Math.max(a, Math.abs(v)), 0)
 const own = largest(error), magnified = own_scale.active && own > 0
 colours.setv({low: -limit, high: limit})
 error_colours.setv({low: magnified ? -own : -limit, high: magnified ? own : limit})
 titles.truth.text = `truth: ${symbol} (${units[field.value]}) at t = ${time.toPrecision(3)}`
-titles.forecast.text = `forecast: ${shown.label}`
-titles.error.text = magnified ? `its error, on a scale of its own, ±${own.toPrecision(2)}` : 'its error: forecast − truth, same scale'
+titles.forecast.text = !begun.spread ? `forecast: ${shown.label}`
+  : field.value === 'omega' ? `spread of ${begun.spread} members: ${shown.label}` : 'the spread is kept of ω only'
+const wrong = begun.spread ? 'the error of the mean' : 'its error'
+titles.error.text = magnified ? `${wrong}, on a scale of its own, ±${own.toPrecision(2)}` : `${wrong}${begun.spread ? '' : ': forecast − truth'}, same scale`
 for (const name of ['beside', 'beside_error', 'difference']) figures[name].visible = Boolean(other)
 if (other) {
-  const its = other.starts.find(s => s.truth === begun.truth) || other.starts.find(s => s.name === begun.name) || other.starts[0]
+  const its = other.starts.find(s => s.truth === begun.truth && s.name === begun.name) || other.starts.find(s => s.truth === begun.truth) || other.starts.find(s => s.name === begun.name) || other.starts[0]
   const far = Array.from(its.leads, lead => lead * other.step), j = nearest(far, time), M = its.N
   const theirs = component(decoded(its.error, j, M * M), M)
-  put('beside', component(decoded(its.omega, j, M * M), M), M)
+  put('beside', drawn_of(its, j, M * M, M), M)
   put('beside_error', theirs, M)
   const same = its.truth === begun.truth || (its.name === begun.name && M === N && Math.abs(far[j] - time) < 1e-6)
   const less = (a, b) => a.map((v, i) => v - b[i])
@@ -141,7 +147,7 @@ for (const name of ['forcing', 'patch', 'cutoff']) for (const kind of ['', 'rati
 
 # %% ../../nbs/study/07_script.ipynb #cd85fa05
 _SCORES = """
-const table = shown.scores[score.value][field.value]
+const table = (shown.scores[score.value] || {})[field.value] || {}
 const line = (part, name) => {
   const found = part && (part.scores[score.value] || {})[field.value]
   return found && found[name] ? {x: Array.from(part.lead_time), y: Array.from(found[name])} : {x: [], y: []}
@@ -155,10 +161,10 @@ const between_ends = part => {
 }
 band.data = between_ends({x: shown.lead_time, low: table.low, high: table.high})
 const drawn = [...Object.values(curves)].flatMap(s => s.data.y).filter(isFinite)
-const acc = score.value === 'acc'
+const acc = ['acc', 'mean_acc'].includes(score.value)
 score_y.setv({start: acc ? Math.min(-0.05, ...drawn) : 0, end: acc ? 1.03 : 1.08 * Math.max(...drawn)})
 score_x.setv({start: 0, end: shown.lead_time[shown.lead_time.length - 1]})
-score_axis.axis_label = `${score_names[score.value]} of ${symbol}` + (score.value === 'rmse' ? ` (${units[field.value]})` : '')
+score_axis.axis_label = `${score_names[score.value]} of ${symbol}` + (['rmse', 'crps'].includes(score.value) ? ` (${units[field.value]})` : '')
 threshold.setv({location: shown.threshold, visible: acc})
 marks.lead[0].setv({location: time, visible: true})
 marks.lead[1].setv({x: time, visible: true})
