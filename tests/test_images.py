@@ -9,6 +9,7 @@ from PIL import Image
 
 from same_bits import StopSoon, equal
 from turbvit_nb.flow.images import load_images_model, shapes
+from turbvit_nb.flow.scores import set_distances
 from turbvit_nb.images import train_images
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
@@ -52,7 +53,7 @@ def test_training_brings_what_is_drawn_nearer(home):
     learner, validation = train_images(run)
     best = load_images_model(run.checkpoints / "best.tar")
     noise = torch.randn_like(validation.images.images)
-    far, near = (validation.distances(made, validation.images.images) for made in (noise, best.draw(validation.images.labels)))
+    far, near = (set_distances(made, validation.images.images) for made in (noise, best.draw(validation.images.labels)))
     assert near["energy_distance"] < 0.3 * far["energy_distance"] and near["frechet_distance"] < 0.3 * far["frechet_distance"]
     assert best.evaluations == 8 and load_images_model(run.checkpoints / "best.tar", solver="euler", steps=1).evaluations == 1
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'shapes', 'ImageSet', 'read_images', 'ImageModel', 'image_losses', 'image_state', 'load_images_model',
-           'FrozenFeatures', 'ImageValidation', 'sheet']
+           'ImageValidation', 'sheet']
 
 # %% ../../nbs/flow/06_images.ipynb #34cbfd64
 from collections.abc import Iterable
@@ -17,12 +17,11 @@ import torch
 from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from ..emulators.files import load_weights
 from ..emulators.kinds import evaluating
 from .generative import HOW, Drawing
-from .scores import energy_distance, frechet_distance
+from .scores import set_distances
 from .teaching import draws_for
 from ..lab.config import LabError, data_path
 from ..lab.learner import Learner
@@ -271,24 +270,6 @@ def load_images_model(
     load_weights(model.network, state.get("ema_state") or state["model_state"], str(checkpoint))
     return model.to(device).eval()
 
-# %% ../../nbs/flow/06_images.ipynb #d57cd426
-class FrozenFeatures(nn.Module):
-    "Images (B, C, N, N) → features (B, 64): rectified convolutions with fixed random weights, averaged over space."
-
-    def __init__(self, channels: int = 1):
-        super().__init__()
-        widths, generator = (channels, 16, 32, 64), Generator().manual_seed(0)
-        self.weights = [
-            torch.randn(b, a, 3, 3, generator=generator) * (2 / (9 * a)) ** 0.5 for a, b in zip(widths, widths[1:])
-        ]
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.cpu().float()
-        for depth, weight in enumerate(self.weights):
-            x = F.relu(F.conv2d(F.avg_pool2d(x, 2) if depth and min(x.shape[-2:]) > 1 else x, weight, padding=1))
-        return x.mean((-2, -1))
-
 # %% ../../nbs/flow/06_images.ipynb #a501b25b
 class ImageValidation:
     "Scores of a model of images against those held back."
@@ -296,12 +277,6 @@ class ImageValidation:
     def __init__(self, images: ImageSet, device: str | torch.device = "cpu", how: dict | None = None):
         self.images, self.device, self.how = images, device, how or {}
         self.batch = {k: v.to(device) for k, v in images.__getitems__(range(len(images))).items()}
-        self.features = FrozenFeatures(images.images.shape[1])
-
-    def distances(self, some: Tensor, other: Tensor) -> dict[str, float]:
-        "Between two sets of images (n, C, N, N)."
-        features = frechet_distance(self.features(some), self.features(other))
-        return {"energy_distance": energy_distance(some, other), "frechet_distance": features}
 
     def __call__(self, learner: Learner) -> dict[str, float]:
         "The scores of what is learning."
@@ -318,7 +293,7 @@ def scores(self: ImageValidation, model: ImageModel) -> dict[str, float]:
     starts = range(0, len(self.images), 256)
     parts = [image_losses(model, {k: v[i : i + 256] for k, v in whole.items()}) for i in starts]
     made = model.draw(self.batch["cond"] if model.classes else len(self.images)).cpu()
-    return {"validation_loss": torch.cat(parts).mean().item()} | self.distances(made, self.images.images)
+    return {"validation_loss": torch.cat(parts).mean().item()} | set_distances(made, self.images.images)
 
 # %% ../../nbs/flow/06_images.ipynb #1b7a2e0c
 def sheet(

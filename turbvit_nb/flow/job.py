@@ -68,7 +68,8 @@ class FlowConfig(LoopConfig):
             load_emulator(path)
 
 # %% ../../nbs/14_flow.ipynb #6fea42ec
-_MONITORS = {False: ("crps", "rollout_vrmse", "validation_loss"), True: ("energy_distance", "frechet_distance", "validation_loss")}
+_DISTANCES = ("energy_distance", "frechet_distance", "validation_loss")
+_MONITORS = {False: ("crps", "rollout_vrmse", *_DISTANCES), True: _DISTANCES}
 
 
 def _impossible(flow: FlowConfig, model: ModelConfig | None, pictures: bool) -> Iterator[str]:
