@@ -29,6 +29,7 @@ from turbvit_nb.study.entries import (
 )
 from .study.findings import Study, featured, is_study, study_findings, study_json
 from .study.scorecard import score_rows
+from .study.steps import arm_rows, arms_of, step_findings
 from .study.verdict import Finding, verdict
 
 # %% ../nbs/07_compare.ipynb #eac30500
@@ -81,6 +82,7 @@ def comparison_json(
     "What comparison.json holds."
     few = featured(study) if study else entries
     together = {"study": study_json(study, said)} if study else {}
+    together |= {"ensembles": arm_rows(arms).rows} if (arms := arms_of(entries)) else {}
     about = lambda e: {"label": e.label, "run": e.run, "checkpoint": e.checkpoint}
     rows = [about(e) | row(e, leads, study_step(entries)) for e in entries]
     findings = [{"mark": part.mark, "about": part.about} for part in said]
@@ -114,7 +116,7 @@ def compare(
     if not run.scratch:
         measure_latency(run, entries, settings)
     study = study_of(run, entries)
-    said = study_findings(study) if study else []
+    said = step_findings(arms_of(entries)) + (study_findings(study) if study else [])
     said += verdict(featured(study) if study else entries, missing)
     told = comparison_json(entries, missing, said, settings.leads, study)
     with atomic(run.path / "comparison.json") as part:
