@@ -139,7 +139,7 @@ def residual_kl(
     prior = torch.as_tensor(log_prior, dtype=shift.dtype, device=shift.device)
     return 0.5 * (shift.square() * torch.exp(-2 * prior) + torch.exp(2 * log_scale) - 2 * log_scale - 1)
 
-# %% ../../nbs/latent/01_hierarchy.ipynb #493f219c
+# %% ../../nbs/latent/01_hierarchy.ipynb #32006a96
 class Hierarchy(nn.Module):
     "Normalised frames (B, M, N, N) as codes on several grids, and back."
 
@@ -153,6 +153,7 @@ class Hierarchy(nn.Module):
         first_log_scale: float = -2.3,  # ln s of a posterior before training
     ):
         super().__init__()
+        self.config = dict(img_size=img_size, channels=channels, levels=[list(level) for level in levels], width=width, first_log_scale=first_log_scale)
         self.anchor, self.levels = Anchor(img_size, channels, levels), [tuple(level) for level in levels]
         sides = [img_size // 2]
         while sides[-1] > self.levels[0][0]:
@@ -179,6 +180,11 @@ class Hierarchy(nn.Module):
         "Numbers of all codes."
         return self.anchor.size
 
+    def split(self, flat: Tensor) -> list[Tensor]:
+        "Numbers (B, size) as codes, coarsest first."
+        parts = flat.split([c * side**2 for side, c in self.levels], 1)
+        return [part.unflatten(1, (c, side, side)) for part, (side, c) in zip(parts, self.levels)]
+
     def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         "Means and ln s of the posterior of every code, coarsest first."
         h, seen = self.stem(F.pixel_unshuffle(x, 2)), {}
@@ -193,6 +199,7 @@ class Hierarchy(nn.Module):
         self,
         codes: Sequence[Tensor],  # of the coarsest levels, at least one
         noise: Sequence[Tensor] | None = None,  # for the others, standard normal; without it they take their prior's mean
+        drop: Tensor | None = None,  # (B,) how many of the finest given codes are not used either
     ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
         "The frames, all codes, and mean and ln σ of the prior of every code but the main one."
         channels, priors, taken, h = dict(self.levels), [], [], None
@@ -201,18 +208,19 @@ class Hierarchy(nn.Module):
             if side in channels:
                 if h is not None:
                     priors.append(self.prior[str(side)](h).chunk(2, 1))
-                taken.append(self._code(len(taken), codes, noise, priors))
+                taken.append(self._code(len(taken), codes, noise, priors, drop))
                 added = self.taken[str(side)](taken[-1])
                 h = added if h is None else h + added
             h = self.down[str(side)](h)
         return self.anchor.inverse(taken) + F.pixel_shuffle(self.output(h), 2), taken, priors
 
-    def _code(self, i: int, codes: Sequence[Tensor], noise: Sequence[Tensor] | None, priors: list) -> Tensor:
+    def _code(self, i: int, codes: Sequence[Tensor], noise: Sequence[Tensor] | None, priors: list, drop: Tensor | None) -> Tensor:
         "The code of level i: as given, or from its prior."
-        if i < len(codes):
+        if i < len(codes) and (drop is None or not i):
             return codes[i]
         mean, log_scale = priors[-1]
-        return mean if noise is None else mean + log_scale.exp() * noise[i]
+        drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
+        return drawn if i >= len(codes) else torch.where((i < len(self.levels) - drop)[:, None, None, None], codes[i], drawn)
 
     def decode(self, codes: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> Tensor:
         "Frames (B, M, N, N) of all codes, or of the coarsest alone."
@@ -222,11 +230,12 @@ class Hierarchy(nn.Module):
         self,
         x: Tensor,  # normalised frames (B, M, N, N)
         noise: Sequence[Tensor] | None = None,  # (B, c, s, s) for each code; without it codes are their means
+        drop: Tensor | None = None,  # (B,) how many of the finest codes come from their priors instead
     ) -> tuple[Tensor, list[Tensor]]:  # the frames, and the nats of every code (B,)
         "What is left of frames, and what the codes cost."
         means, log_scales = self.encode(x)
         drawn = means if noise is None else [m + s.exp() * e for m, s, e in zip(means, log_scales, noise)]
-        frames, _, priors = self.descend(drawn)
+        frames, _, priors = self.descend(drawn, noise, drop)
         priors = [(torch.zeros_like(means[0]), torch.zeros_like(means[0])), *priors]
         costs = [residual_kl(m - mean, s - log_prior, log_prior) for m, s, (mean, log_prior) in zip(means, log_scales, priors)]
         return frames, [cost.flatten(1).sum(1) for cost in costs]
