@@ -90,6 +90,7 @@ ROOMS = {  # a folder: what its modules may import
     "compress": {"compress", "emulators", "networks", "model", "datasets"} | GROUND,
     "flow": {"flow", "emulators", "model", "datasets", "forecast"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
+    "latent": {"latent", "emulators", "model", "datasets", "forecast"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
     "study": {"study", "climate", "forecast", "compress", "emulators", "networks", "model", "datasets"} | GROUND,
 }

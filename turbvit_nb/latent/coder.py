@@ -157,7 +157,7 @@ def coder_losses(coder: Coder, batch: Mapping[str, Tensor]) -> Tensor:  # (B,)
     "The loss of each sample of a batch."
     return coder(batch["x"], *(batch.get(name) for name in ("noise", "share", "drop")))
 
-# %% ../../nbs/latent/02_coder.ipynb #76620ecf
+# %% ../../nbs/latent/02_coder.ipynb #2a4cf4fa
 class CoderDraws(Callback):
     "Put the noise of the posteriors, the share of the divergence and the levels to drop into every batch."
 
@@ -167,7 +167,7 @@ class CoderDraws(Callback):
         self,
         coder: Coder,
         seed: int = 0,
-        ramp: tuple[float, float] = (0.3, 0.8),  # of training: where the divergence begins to count, and where it counts in full
+        ramp: Sequence[float] = (0.3, 0.8),  # of training: where the divergence begins to count, and where it counts in full
         drop: float = 0.0,  # the share of samples whose finer codes come from their priors
     ):
         self.coder, self.seed, self.ramp, self.drop = coder, seed, ramp, drop

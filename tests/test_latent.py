@@ -1,0 +1,91 @@
+"""Coders of frames as a job: the same bits after a stop, codes on file that give the frames back, better than its anchor, one line for a mistake."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+
+from same_bits import StopSoon, equal
+from turbvit_nb.lab.config import LabError, load_config
+from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.latent.coder import load_coder
+from turbvit_nb.latent.job import build_coder, keep_latents, train_latent
+from turbvit_nb.datasets import training_sets
+from turbvit_nb.model import load_emulator
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def config(home: Path, name: str, **latent) -> Path:
+    "A config of a small job."
+    frames = {"data_dir": "flow"}
+    made = {
+        "output_dir": name, "seed": 3,
+        "generate": dict(data_dir="flow", Re=200, NX=16, dt=0.01, n_trajectories=1, n_frames=80, t_save=0.1),
+        "train_dataset": frames | {"frame_range": [[1, 51]]},
+        "validation_dataset": frames | {"frame_range": [[51, 81]]},
+        "latent": dict(levels=[[2, 4], [4, 3]], width=8, epochs=2, batch_size=8, samples=16, precision="fp32") | latent,
+    }
+    path = home / f"{name}.toml"
+    path.write_text(tomli_w.dumps(made))
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"variational": False, "bound": 4.0}, {"fields": ["u", "v"], "num_frames": 2, "levels": [[2, 12], [4, 9]], "drop": 0.5}])
+def test_a_stop_in_mid_epoch_changes_no_bit(home, how):
+    how = how | {"ema": 0.9}
+    train_latent(whole := open_run(config(home, "whole", **how), "latent"))
+    path = config(home, "halves", **how)
+    with pytest.raises(Stopped):
+        train_latent(run := open_run(path, "latent"), [StopSoon()])
+    run.close()
+    train_latent(run := open_run(run.path, "latent"))
+    one, other = (read_checkpoint(r.checkpoints / "last.tar") for r in (whole, run))
+    assert equal(one["model_state"], other["model_state"]) and equal(one["ema_state"], other["ema_state"])
+
+
+def test_training_beats_the_anchor_and_its_codes_give_the_frames_back(home):
+    run = open_run(config(home, "better", epochs=30, lr=4e-3, validate_every=10, sigma=0.05), "latent")
+    learner, validation = train_latent(run)
+    best = load_coder(run.checkpoints / "best.tar")
+    untrained = build_coder(run, training_sets(run.config, ["omega"], 1)[0])
+    mine, anchor = (validation.scores(coder) for coder in (best, untrained))
+    assert mine["vrmse_omega"] < 0.95 * anchor["vrmse_omega"] and mine["validation_loss"] < anchor["validation_loss"]
+    assert mine["nats_0"] > 0.5 and mine["vrmse_omega"] < mine["main_vrmse_omega"]
+    paths = keep_latents(run)
+    with np.load(paths["train_dataset"]) as train, np.load(paths["validation_dataset"]) as kept:
+        assert abs(train["code_0"].mean((0, 2, 3))).max() < 1e-3 and abs(train["code_1"].std((0, 2, 3)) - 1).max() < 1e-2
+        codes = [torch.from_numpy(kept[f"code_{i}"] * kept[f"scale_{i}"] + kept[f"mean_{i}"]).float() for i in range(2)]
+        frames = training_sets(run.config, ["omega"], 1)[1]
+        x = frames.__getitems__(list(range(len(frames))))["x"]
+        assert (kept["frame"] == frames.frame).all() and len(codes[0]) == len(x)
+    torch.testing.assert_close(best.decode(codes), best.decode(best.encode(x)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("latent, told", [
+    (dict(levels=[[2, 4], [8, 3]]), "sides doubling from the coarsest on"),
+    (dict(levels=[[8, 4], [16, 3]]), "a finest code on 16² points needs frames of 32², a divisor of 16"),
+    (dict(levels=[[2, 5]]), "the code on 2² points can have 1 to 4 channels"),
+])
+def test_levels_that_do_not_fit_are_one_line(home, latent, told):
+    with pytest.raises(LabError, match=told.replace("²", ".")):
+        train_latent(open_run(config(home, "wrong", **latent), "latent"))
+
+
+@pytest.mark.parametrize("latent, told", [
+    (dict(bound=2.0), "set latent.variational = false with it"), (dict(ramp=[0.9, 0.1]), "the first not after the second"),
+    (dict(levels=[[2, 4, 1]]), "latent.levels"), (dict(width=12), "latent.width"), (dict(errr="mse"), "latent.errr"),
+])
+def test_wrong_keys_are_one_line(home, latent, told):
+    with pytest.raises(LabError, match=told):
+        load_config(config(home, "keys", **latent)).check()
+
+
+def test_a_coder_is_no_emulator_and_an_emulator_no_coder(home):
+    train_latent(run := open_run(config(home, "coder", epochs=1), "latent"))
+    with pytest.raises(LabError, match="holds a coder of frames, which is no emulator"):
+        load_emulator(run.checkpoints / "best.tar")
