@@ -130,7 +130,19 @@ def normalised(
     if x.ndim != 5 or tuple(x.shape[1:3]) != shape:
         wanted = f"wanted (B, {shape[0]}, {shape[1]}, N, N) for the fields {', '.join(self.fields)}"
         raise LabError(f"input of shape {tuple(x.shape)}: {wanted}")
+    return self.seen(x)
+
+
+@patch
+def seen(self: Emulator, x: Tensor) -> Tensor:
+    "Physical frames (B, C, T, N, N) as the network sees and predicts them: normalised."
     return self.normaliser.normalise(x)
+
+
+@patch
+def shown(self: Emulator, z: Tensor) -> Tensor:
+    "The inverse of `seen`."
+    return self.normaliser.denormalise(z)
 
 
 @patch
@@ -147,7 +159,7 @@ def forward(
     z = self.normalised(x)
     if y is not None:
         return self.unrolled_losses(z, cond, y, error or squared_error, **more)
-    return self.normaliser.denormalise(self.predict(z, cond, **more))
+    return self.shown(self.predict(z, cond, **more))
 
 # %% ../nbs/00_model.ipynb #86e43d38
 def settings_of(
@@ -202,7 +214,7 @@ def unrolled_losses(
     **more,  # what else the network is told
 ) -> Tensor:  # (B,)
     "The mean error over fields, space and the K leads, in normalised units."
-    targets = self.normaliser.normalise(y[:, :, None] if y.ndim == 4 else y)
+    targets = self.seen(y[:, :, None] if y.ndim == 4 else y)
     K, errors = targets.shape[2], []
     for lead in range(0, K, self.out_frames):
         z = self.follow(z, new) if lead else z

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Error', 'ERRORS', 'BANDS', 'weighted', 'Coder', 'coder_losses', 'CoderDraws', 'coding_scores', 'CoderValidation',
-           'coder_state', 'load_coder']
+           'coder_state', 'coder_from_state', 'load_coder']
 
 # %% ../../nbs/latent/02_coder.ipynb #335bdfbb
 from collections.abc import Mapping, Sequence
@@ -240,7 +240,7 @@ def scores(self: CoderValidation, coder: Coder) -> dict[str, float]:
     coder.train(training)
     return found | {f"nats_{i}": nat / size for i, (nat, size) in enumerate(zip(nats, sizes))}
 
-# %% ../../nbs/latent/02_coder.ipynb #209bc2ba
+# %% ../../nbs/latent/02_coder.ipynb #3485f557
 _TOLD = ("fields", "num_frames", "step", "sigma", "error", "power", "free", "variational", "bound")
 
 
@@ -252,6 +252,19 @@ def coder_state(coder: Coder) -> dict[str, Any]:
     return {"holds": "a coder of frames", "latent": said, "model_state": coder.network.state_dict()}
 
 
+def coder_from_state(
+    state: Mapping[str, Any],  # of `coder_state`
+    source: str,  # for messages
+) -> Coder:  # in evaluation mode
+    "The coder again. Raises `LabError` for weights that do not fit."
+    said = state["latent"]
+    with torch.random.fork_rng(devices=[]):
+        network = Hierarchy(**said["network"])
+    load_weights(network, state.get("ema_state") or state["model_state"], source)
+    statistics = (said["statistics"][name] for name in ("mean", "std", "increment_std"))
+    return Coder(network, Normaliser(*statistics), **said["coder"]).eval()
+
+
 def load_coder(
     checkpoint: str | Path,  # a file of `coder_state`
     device: str | torch.device = "cpu",
@@ -260,9 +273,4 @@ def load_coder(
     state = read_checkpoint(checkpoint, device)
     if not isinstance(state, dict) or "latent" not in state:
         raise LabError(f"{checkpoint} holds no coder; 11_latent trains one, in [latent]")
-    said = state["latent"]
-    with torch.random.fork_rng(devices=[]):
-        network = Hierarchy(**said["network"])
-    load_weights(network, state.get("ema_state") or state["model_state"], str(checkpoint))
-    statistics = (said["statistics"][name] for name in ("mean", "std", "increment_std"))
-    return Coder(network, Normaliser(*statistics), **said["coder"]).to(device).eval()
+    return coder_from_state(state, str(checkpoint)).to(device)

@@ -52,7 +52,7 @@ def joined(
     along = four[:, :, :, 0] @ low + four[:, :, :, 1] @ high
     return low.T @ along[:, :, 0] + high.T @ along[:, :, 1]
 
-# %% ../../nbs/latent/01_hierarchy.ipynb #9b13c251
+# %% ../../nbs/latent/01_hierarchy.ipynb #e858ba63
 class Anchor(nn.Module):
     "Frames (B, M, N, N) as standardised codes (B, c, s, s), coarsest first, by linear algebra; fit it before use."
 
@@ -91,9 +91,9 @@ class Anchor(nn.Module):
         "Numbers of all codes."
         return sum(c * side**2 for side, c in self.levels)
 
-    def _raw(self, x: Tensor) -> list[Tensor]:
-        "All channels of every level, coarsest first."
-        found, average = [], Grid.of(x).resample(x, 2 * self.levels[-1][0])
+    def _levels_of(self, field: Tensor) -> list[Tensor]:
+        "All channels of every level of a field on the finest grid, coarsest first."
+        found, average = [], field
         for _ in self.levels:
             average, differences = parted(average)
             found.append(differences)
@@ -103,7 +103,7 @@ class Anchor(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor) -> "Anchor":
         "Choose the channels that vary most over training frames (n, M, N, N), and measure them."
-        for i, raw in enumerate(self._raw(x)):
+        for i, raw in enumerate(self._levels_of(Grid.of(x).resample(x, 2 * self.levels[-1][0]))):
             flat = raw.transpose(0, 1).flatten(1)
             mean = flat.mean(1)
             _, vectors = torch.linalg.eigh(torch.cov(flat.double()))
@@ -113,20 +113,39 @@ class Anchor(nn.Module):
                 getattr(self, f"{name}_{i}").copy_(value)
         return self
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        "Frames to codes."
-        column = lambda name, i: getattr(self, f"{name}_{i}")[:, None, None]
-        kept = [torch.einsum("cm,bmhw->bchw", getattr(self, f"basis_{i}"), raw) for i, raw in enumerate(self._raw(x))]
-        return [(z - column("mean", i)) / column("scale", i) for i, z in enumerate(kept)]
+    def _column(self, name: str, i: int) -> Tensor:
+        "A number of every channel of level i."
+        return getattr(self, f"{name}_{i}")[:, None, None]
 
-    def inverse(self, codes: Sequence[Tensor]) -> Tensor:
-        "Codes to frames (B, M, N, N)."
-        column = lambda name, i: getattr(self, f"{name}_{i}")[:, None, None]
-        raw = [torch.einsum("cm,bchw->bmhw", getattr(self, f"basis_{i}"), z * column("scale", i) + column("mean", i)) for i, z in enumerate(codes)]
+    def codes_of(self, raw: Sequence[Tensor]) -> list[Tensor]:
+        "All channels of every level to standardised codes."
+        kept = [torch.einsum("cm,bmhw->bchw", getattr(self, f"basis_{i}"), part) for i, part in enumerate(raw)]
+        return [(z - self._column("mean", i)) / self._column("scale", i) for i, z in enumerate(kept)]
+
+    def raw_of(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        "The inverse of `codes_of`; channels that were left out are nothing."
+        whole = [z * self._column("scale", i) + self._column("mean", i) for i, z in enumerate(codes)]
+        return [torch.einsum("cm,bchw->bmhw", getattr(self, f"basis_{i}"), z) for i, z in enumerate(whole)]
+
+    def coarse(self, codes: Sequence[Tensor]) -> Tensor:  # (B, M, 2s, 2s), s the finest side
+        "Codes to a field on the finest grid that they carry."
+        raw = self.raw_of(codes)
         average, differences = raw[0].split([self.channels, 3 * self.channels], 1)
         for finer in raw[1:]:
             average, differences = joined(average, differences), finer
-        x = joined(average, differences)
+        return joined(average, differences)
+
+    def codes_in(self, field: Tensor) -> list[Tensor]:
+        "The codes of a field on the finest grid: the inverse of `coarse` where no channel was left out."
+        return self.codes_of(self._levels_of(field))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        "Frames to codes."
+        return self.codes_in(Grid.of(x).resample(x, 2 * self.levels[-1][0]))
+
+    def inverse(self, codes: Sequence[Tensor]) -> Tensor:
+        "Codes to frames (B, M, N, N)."
+        x = self.coarse(codes)
         return Grid.of(x).resample(x, self.img_size)
 
 # %% ../../nbs/latent/01_hierarchy.ipynb #b0daecaf
