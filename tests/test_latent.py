@@ -7,12 +7,20 @@ import tomli_w
 import torch
 
 from same_bits import StopSoon, equal
+from turbvit_nb.climate.rollouts import open_rollouts
+from turbvit_nb.datasets import training_sets
+from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
 from turbvit_nb.latent.coder import load_coder
+from turbvit_nb.latent.emulator import LatentEmulator
 from turbvit_nb.latent.job import build_coder, keep_latents, train_latent
-from turbvit_nb.datasets import training_sets
-from turbvit_nb.model import load_emulator
+from turbvit_nb.model import load_emulator, rollout
+from turbvit_nb.physics.py2d import open_store
+from turbvit_nb.physics.spectral import Grid
+from turbvit_nb.prune import prune
+from turbvit_nb.short_analysis import short_analysis
+from turbvit_nb.train import train
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +97,60 @@ def test_a_coder_is_no_emulator_and_an_emulator_no_coder(home):
     train_latent(run := open_run(config(home, "coder", epochs=1), "latent"))
     with pytest.raises(LabError, match="holds a coder of frames, which is no emulator"):
         load_emulator(run.checkpoints / "best.tar")
+
+
+def emulator_config(home: Path, coder: str, **model) -> Path:
+    "A config of an emulator that steps in the codes of a coder."
+    frames = {"data_dir": "flow"}
+    made = {
+        "output_dir": "stepping", "seed": 3,
+        "generate": dict(data_dir="flow", Re=200, NX=16, dt=0.01, n_trajectories=1, n_frames=80, t_save=0.1),
+        "train_dataset": frames | {"frame_range": [[1, 41]]},
+        "validation_dataset": frames | {"frame_range": [[41, 61]]},
+        "test_dataset": frames | {"frame_range": [[61, 81]]},
+        "model": dict(img_size=16, patch_size=2, embed_dim=16, depth=1, num_heads=2, fields=["omega"], coder=coder) | model,
+        "training": dict(epochs=2, batch_size=8, rollout_steps=3, rollout_starts=2, precision="fp32", unroll=2, input_noise=0.01),
+        "pruning": dict(importance_metric="l1", prune_schedule=[0.5], epoch_schedule=[1]),
+        "finetuning": dict(batch_size=8, rollout_steps=3, rollout_starts=2, precision="fp32"),
+        "inference": dict(checkpoints=["best"], inference_length=6, chunk_size=3, n_starts=2),
+        "analysis": dict(max_leadtime=4, n_ensembles=4, ceiling=False, linear=False),
+    }
+    path = home / "stepping.toml"
+    path.write_text(tomli_w.dumps(made))
+    return path
+
+
+def test_an_emulator_in_codes_is_trained_pruned_rolled_out_and_scored(home):
+    train_latent(run := open_run(config(home, "coder", epochs=2), "latent"))
+    run.close()
+    path = emulator_config(home, "coder/checkpoints/best.tar")
+    learner, _ = train(run := open_run(path, "train"))
+    run.close()
+    best = load_emulator(run.checkpoints / "best.tar")
+    assert (type(best), best.size, best.network.config["img_size"], best.step) == (LatentEmulator, 16, 8, 0.1)
+    assert learner.step and not any("coder" in name for name, p in best.named_parameters() if p.requires_grad)
+    prune(run := open_run(path, "prune"))
+    run.close()
+    whole = infer(run := open_run(path, "inference"))["best"][0].read()
+    run.close()
+    again = torch.cat(list(rollout(best, torch.from_numpy(vorticity_of(run.path)), 6)))[:, 0]
+    torch.testing.assert_close(Grid.of(again).velocity(again), torch.from_numpy(whole), atol=1e-4, rtol=1e-3)
+    scores = short_analysis(run := open_run(path, "short_analysis"))
+    assert set(scores) == {"best", "prune1_remaining_50.0"} and all(np.isfinite(data.acc.sel(forecast="emulator")).all() for data in scores.values())
+
+
+def vorticity_of(folder: Path) -> np.ndarray:
+    "The first start of the rollouts of a run, (1, 1, 1, N, N)."
+    start = open_rollouts(folder)["best"][0].header["start"]
+    return open_store(start["data"]).read([start["frame"]])[:, None, None]
+
+
+@pytest.mark.parametrize("model, told", [
+    (dict(coder="nowhere.tar"), "model.coder = nowhere.tar is not there"),
+    (dict(fields=["u", "v"]), "the model has fields u, v, the frames 16"),
+])
+def test_a_coder_that_does_not_fit_is_one_line(home, model, told):
+    train_latent(run := open_run(config(home, "coder", epochs=1), "latent"))
+    run.close()
+    with pytest.raises(LabError, match=told):
+        train(open_run(emulator_config(home, **{"coder": "coder/checkpoints/best.tar"} | model), "train"))

@@ -86,6 +86,11 @@ class Emulator(Kind):
         "The keys of `[model]` that describe its network."
         return self.network.config
 
+    @property
+    def deviations(self) -> Tensor:
+        "The standard deviation of each field (C,), physical."
+        return self.normaliser.std
+
 # %% ../nbs/00_model.ipynb #dc059798
 @patch
 def constrained(

@@ -7,7 +7,8 @@ __all__ = ['HIGHER', 'TrainingConfig', 'build_data', 'build_emulator', 'build_ba
            'InputNoise', 'past_one_step', 'fit_emulator', 'train']
 
 # %% ../nbs/02_train.ipynb #141ea6ce
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from .datasets import Batches, FrameDataset, climatology, statistics, training_batches, training_sets
 from .forecast.validation import Validation, can_roll
 from .lab.checkpoints import Identity, check_owner
+from .lab.config import registry
 from .lab.learner import Callback, Learner
 from .lab.progress import note
 from .lab.runs import Run
@@ -49,13 +51,23 @@ def build_data(
     return training_sets(run.config, model.fields, model.num_frames)
 
 # %% ../nbs/02_train.ipynb #eded6fbd
+def _builder(model: ModelConfig) -> Callable[[ModelConfig, FrameDataset], Emulator]:
+    "Who builds the emulator of a [model] section: the chapter that one of its keys belongs to, or this one."
+    for key, where in registry()["emulators"].items():
+        if getattr(model, key):
+            module, _, name = where.partition(":")
+            return getattr(import_module(f"turbvit_nb.{module}"), name)
+    steps = lambda dataset: dict(step=dataset.step, input_step=dataset.input_step)
+    return lambda model, dataset: create_emulator(model, statistics(dataset), **steps(dataset))
+
+
 def build_emulator(
     run: Run,  # open
     dataset: FrameDataset,  # for training: its frames give the statistics
 ) -> Emulator:  # on the run's device
     "The emulator of the [model] section; with `checkpoint_file`, its weights are the start."
-    steps = dict(step=dataset.step, input_step=dataset.input_step)
-    emulator = create_emulator(run.config.section("model"), statistics(dataset), **steps)
+    model = run.config.section("model")
+    emulator = _builder(model)(model, dataset)
     if run.config.top.checkpoint_file:
         start = run.start_checkpoint()
         load_weights(emulator.network, load_emulator(start).network.state_dict(), str(start))
@@ -138,7 +150,7 @@ def past_one_step(
         note("unrolled training needs input_step = target_step; training on single steps")
         steps = 1
     unroll = Unroll(batches.dataset, steps, settings.unroll_start, emulator.out_frames)
-    return [unroll, InputNoise(scale, emulator.normaliser.std, seed)] if scale else [unroll]
+    return [unroll, InputNoise(scale, emulator.deviations, seed)] if scale else [unroll]
 
 # %% ../nbs/02_train.ipynb #d8c107d0
 HIGHER = {"rollout_acc", "horizon"}  # of the metrics to monitor, those where more is better
