@@ -52,7 +52,7 @@ def joined(
     along = four[:, :, :, 0] @ low + four[:, :, :, 1] @ high
     return low.T @ along[:, :, 0] + high.T @ along[:, :, 1]
 
-# %% ../../nbs/latent/01_hierarchy.ipynb #e858ba63
+# %% ../../nbs/latent/01_hierarchy.ipynb #c4e0ea49
 class Anchor(nn.Module):
     "Frames (B, M, N, N) as standardised codes (B, c, s, s), coarsest first, by linear algebra; fit it before use."
 
@@ -140,13 +140,15 @@ class Anchor(nn.Module):
         return self.codes_of(self._levels_of(field))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        "Frames to codes."
-        return self.codes_in(Grid.of(x).resample(x, 2 * self.levels[-1][0]))
+        "Frames to codes, in their own precision."
+        with torch.autocast(x.device.type, enabled=False):
+            return self.codes_in(Grid.of(x).resample(x, 2 * self.levels[-1][0]))
 
     def inverse(self, codes: Sequence[Tensor]) -> Tensor:
-        "Codes to frames (B, M, N, N)."
-        x = self.coarse(codes)
-        return Grid.of(x).resample(x, self.img_size)
+        "Codes to frames (B, M, N, N), in the precision of the anchor."
+        with torch.autocast(codes[0].device.type, enabled=False):
+            x = self.coarse([z.to(self.scale_0) for z in codes])
+            return Grid.of(x).resample(x, self.img_size)
 
 # %% ../../nbs/latent/01_hierarchy.ipynb #b0daecaf
 def residual_kl(
@@ -158,7 +160,7 @@ def residual_kl(
     prior = torch.as_tensor(log_prior, dtype=shift.dtype, device=shift.device)
     return 0.5 * (shift.square() * torch.exp(-2 * prior) + torch.exp(2 * log_scale) - 2 * log_scale - 1)
 
-# %% ../../nbs/latent/01_hierarchy.ipynb #32006a96
+# %% ../../nbs/latent/01_hierarchy.ipynb #6eaa25fa
 class Hierarchy(nn.Module):
     "Normalised frames (B, M, N, N) as codes on several grids, and back."
 
@@ -210,7 +212,7 @@ class Hierarchy(nn.Module):
         for side in self.sides:
             seen[side] = h = self.up[str(side)](h)
             h = self.shrink[str(side)](h) if side != self.sides[-1] else h
-        heads = [self.posterior[str(side)](seen[side]).chunk(2, 1) for side, _ in self.levels]
+        heads = [self.posterior[str(side)](seen[side]).to(x.dtype).chunk(2, 1) for side, _ in self.levels]
         means = [z + added for z, (added, _) in zip(self.anchor(x), heads)]
         return means, [self.first_log_scale + log_scale for _, log_scale in heads]
 
@@ -226,12 +228,13 @@ class Hierarchy(nn.Module):
             h = h if h is None else self.grow[str(side)](h)
             if side in channels:
                 if h is not None:
-                    priors.append(self.prior[str(side)](h).chunk(2, 1))
+                    priors.append(self.prior[str(side)](h).to(codes[0].dtype).chunk(2, 1))
                 taken.append(self._code(len(taken), codes, noise, priors, drop))
                 added = self.taken[str(side)](taken[-1])
                 h = added if h is None else h + added
             h = self.down[str(side)](h)
-        return self.anchor.inverse(taken) + F.pixel_shuffle(self.output(h), 2), taken, priors
+        frames = self.anchor.inverse(taken)
+        return frames + F.pixel_shuffle(self.output(h), 2).to(frames.dtype), taken, priors
 
     def _code(self, i: int, codes: Sequence[Tensor], noise: Sequence[Tensor] | None, priors: list, drop: Tensor | None) -> Tensor:
         "The code of level i: as given, or from its prior."
