@@ -82,7 +82,7 @@ def ensemble_states(
     "The members' velocities, lead by lead."
     x, cond, rows = group["x"], group["cond"], group["rows"].tolist()
     if spectrum is None:
-        yield from emulate(emulator, x, steps, cond, members)
+        yield from emulate(emulator, x, steps, cond, members, SEED + rows[0])
         return
     nudge = torch.cat([error_like(spectrum, members, x.shape[-1], seed=SEED + row) for row in rows])
     nudge = Grid.of(nudge).velocity(nudge).to(x)[:, :, None]
