@@ -53,6 +53,7 @@ def label(self: Identity) -> str:
     dense = "dense" if self.name == "best" else self.name
     shown = {"dense": dense, "pruned": share, "control": f"control {self.stage}"}
     shown["deployed"] = self.name.removeprefix("deployed_").replace("_", " ")
+    shown["generative"] = re.sub(r"(\D)(\d)", r"\1 \2", self.name.removeprefix("best_")).replace("best", "generative")  # its sampler
     word = "small" if self.role == "materialised" else self.role
     own = shown.get(self.role, f"{word} {share}" if self.stage else word)
     return f"{self.run} {own}".strip()

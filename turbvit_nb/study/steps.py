@@ -83,7 +83,7 @@ def arms_of(entries: Sequence[Entry]) -> list[Arm]:
     first = lambda key: ("squared" not in key[0], *key)
     return [Arm(*key, tuple(found[key])) for key in sorted(found, key=first)]
 
-# %% ../../nbs/study/16_steps.ipynb #640f09f0
+# %% ../../nbs/study/16_steps.ipynb #3eb1896d
 def common_times(entries: Sequence[Entry]) -> list[float]:
     "Leads, in time units, that all entries have."
     coarse = max(entries, key=step_of).scores
@@ -106,10 +106,10 @@ def reliability(entry: Entry) -> float:
 
 
 def small_scales(entry: Entry) -> float:
-    "Enstrophy of the shells beyond two thirds of the largest wavenumber, over the truth's."
+    "Enstrophy of the shells beyond two thirds of the largest wavenumber that the model keeps, over the truth's."
     if not entry.has_climate or "enstrophy_spectrum" not in entry.climate:
         return math.nan
-    largest = len(entry.climate.y) / 2
+    largest = min(entry.setting.get("model", {}).get("cutoff", 1.0), 1.0) * len(entry.climate.y) / 2
     band = lambda data: float(data.enstrophy_spectrum.where((data.shell > 2 / 3 * largest) & (data.shell <= largest)).sum())
     return band(entry.climate) / band(entry.truth)
 
