@@ -60,10 +60,22 @@ def _ceiling_spectrum(run: Run, starts: Starts, checkpoint: Path) -> Tensor | No
 
 
 def _ensembles(run: Run, starts: Starts) -> list[xr.Dataset]:
-    "The scores of climatology as an ensemble, and of the solver's own, where the config asks for them."
+    "The scores of climatology as an ensemble, and of the solver's own, where the config asks for them; kept as `baselines/ensembles.nc`, whatever the checkpoints."
     settings, name = analysis_settings(run.config), climate_section(run.config)
     if settings.members == 1:
         return []
+    target, keys = run.path / "baselines" / "ensembles.nc", ("max_leadtime", "n_ensembles", "members", "solver_ensemble")
+    sections = (section(run.config) for section in (scored_section, climate_section))
+    asked = fingerprint(data_told(run.config, *sections) | picked(settings, keys) | {"frames": starts.dataset.num_frames})
+    if (known := up_to_date(target, asked)) is None:
+        known = _scored_ensembles(run, starts, name).assign_attrs(made_from=asked)
+        write_netcdf(known, target)
+    return [known.drop_attrs()]
+
+
+def _scored_ensembles(run: Run, starts: Starts, name: str) -> xr.Dataset:
+    "The same, computed; `name` is the section that climatology is drawn from."
+    settings = analysis_settings(run.config)
     others = open_dataset(streamed(run.config.section(name)), name=name)
     states = {"climatology": climate_members(others, starts, settings.members)}
     if settings.solver_ensemble:
@@ -73,9 +85,11 @@ def _ensembles(run: Run, starts: Starts) -> list[xr.Dataset]:
             why = "the frames hold all of its waves" if known else "it does not integrate this flow"
             note(f"no ensemble of the solver: {why}")
         else:
-            states["solver"] = lambda group: solver_members(starts, group, settings.members, unseen)
+            solved = lambda group: solver_members(starts, group, settings.members, unseen)
+            steps = dict(total=starts.leads, desc="the solver's own ensemble")
+            states["solver"] = lambda group: progress(solved(group), **steps)
     scored = [score_ensemble(made, starts, settings.members, name) for name, made in states.items()]
-    return [xr.concat(scored, "ensemble")]
+    return xr.concat(scored, "ensemble")
 
 
 def score_baselines(
