@@ -7,6 +7,7 @@ __all__ = ['Normaliser', 'Emulator', 'settings_of', 'create_emulator', 'squared_
 
 # %% ../nbs/00_model.ipynb #8302094e
 from collections.abc import Callable
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any
 
@@ -67,6 +68,7 @@ class Emulator(Kind):
         target: str = "increment",  # or "absolute"
         project: bool = False,  # whether to make the output divergence-free; fields u, v only
         cutoff: float = 1.5,  # waves kept, as a fraction of N/2; all of them from √2 on
+        precision: str = "fp32",  # of the network once it is trained, or "bf16"
         **frames,  # `fields`, `step`, `input_step`, `num_frames`, `out_frames` of `Kind`
     ):
         super().__init__(**frames)
@@ -74,7 +76,7 @@ class Emulator(Kind):
             told = f"the normaliser has statistics of {known} fields, the emulator has"
             raise LabError(f"{told} {len(self.fields)}: {', '.join(self.fields)}")
         self.network, self.normaliser = network, normaliser
-        self.target, self.project, self.cutoff = target, project, cutoff
+        self.target, self.project, self.cutoff, self.precision = target, project, cutoff, precision
 
     @property
     def size(self) -> int:
@@ -111,6 +113,19 @@ def constrained(
 
 # %% ../nbs/00_model.ipynb #8495bec2
 @patch
+def answer(
+    self: Emulator,
+    z: Tensor,  # normalised frames (B, C, T, N, N)
+    cond: Tensor | None = None,  # flow parameters (B, P)
+    **more,  # what else the network is told
+) -> Tensor:  # (B, C, T′, N, N)
+    "What the network says; once it is trained, in the precision of the emulator."
+    fast = self.precision == "bf16" and not self.training
+    with torch.autocast(z.device.type, torch.bfloat16) if fast else nullcontext():
+        return self.network(z, cond, **more).to(z.dtype)
+
+
+@patch
 def predict(
     self: Emulator,
     z: Tensor,  # normalised frames (B, C, T, N, N), newest first
@@ -118,7 +133,7 @@ def predict(
     **more,  # what else the network is told
 ) -> Tensor:  # (B, C, T′, N, N)
     "One step in normalised units, where a loss or an unrolled sequence stays."
-    out = self.network(z, cond, **more).to(z.dtype)
+    out = self.answer(z, cond, **more)
     if self.target == "increment":
         scale = _column(self.normaliser.increment_std / self.normaliser.std, z)
         out = z[:, :, :1] + (scale * out).cumsum(2)
@@ -171,7 +186,7 @@ def settings_of(
     config: ModelConfig,  # the `[model]` section
 ) -> dict[str, Any]:
     "What the section says of the emulator around its network, as arguments of `Emulator`."
-    kept = ("target", "project", "cutoff", "num_frames")
+    kept = ("target", "project", "cutoff", "precision", "num_frames")
     frames = {"fields": tuple(config.fields), "out_frames": config.num_out_frames}
     return frames | {name: getattr(config, name) for name in kept}
 
@@ -263,7 +278,7 @@ _STATISTICS = ("mean", "std", "increment_std")
 @patch
 def to_state(self: Emulator) -> dict[str, Any]:
     "What a checkpoint holds: `model`, `emulator` and `model_state`."
-    plain = ("step", "input_step", "target", "project", "cutoff", "num_frames", "out_frames")
+    plain = ("step", "input_step", "target", "project", "cutoff", "precision", "num_frames", "out_frames")
     settings = {"fields": list(self.fields)} | {name: getattr(self, name) for name in plain}
     statistics = {name: value.detach().clone() for name, value in self.normaliser.named_buffers()}
     config = self.network.config

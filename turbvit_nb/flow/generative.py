@@ -162,7 +162,7 @@ def mean_velocity(self: Generative, z: Tensor, cond: Tensor | None):
         times = len(noisy) // len(z)
         frames = z if times == 1 else torch.cat([z] * times)
         about = cond if cond is None or times == 1 else torch.cat([cond] * times)
-        return self.network(frames, about, noisy=noisy, r=r, t=t, told=told).to(noisy.dtype)
+        return self.answer(frames, about, noisy=noisy, r=r, t=t, told=told)
 
     return u
 

@@ -29,6 +29,7 @@ class EmulatorConfig(NetworkConfig):
     target: Literal["increment", "absolute"] = "increment"  # predict the change, or the new state
     project: bool = True  # make velocities divergence-free; true for u, v unless said otherwise
     cutoff: float = Field(2 / 3, gt=0, le=1.5)  # keep |k| ≤ cutoff·N/2; 1.5, all, without project
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the network once it is trained
     coder: str | None = None  # checkpoint of a coder, in whose codes the emulator steps
 
     @model_validator(mode="before")
