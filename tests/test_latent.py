@@ -76,7 +76,7 @@ def test_training_beats_the_anchor_and_its_codes_give_the_frames_back(home):
 
 @pytest.mark.parametrize("latent, told", [
     (dict(levels=[[2, 4], [8, 3]]), "sides doubling from the coarsest on"),
-    (dict(levels=[[8, 4], [16, 3]]), "a finest code on 16² points needs frames of 32², a divisor of 16"),
+    (dict(levels=[[8, 4], [16, 3]]), "of frames of 16² points codes can lie on 8², 4², 2², 1², not on 16²"),
     (dict(levels=[[2, 5]]), "the code on 2² points can have 1 to 4 channels"),
 ])
 def test_levels_that_do_not_fit_are_one_line(home, latent, told):

@@ -78,11 +78,12 @@ def comparison_json(
     said: Sequence[Finding],
     leads: Sequence[int],
     study: Study | None = None,  # what the entries say together
+    batch_size: int = 1,  # samples that stepped at once where the latency was taken
 ) -> dict:
     "What comparison.json holds."
     few = featured(study) if study else entries
     together = {"study": study_json(study, said)} if study else {}
-    together |= {"ensembles": arm_rows(arms).rows} if (arms := arms_of(entries)) else {}
+    together |= {"ensembles": arm_rows(arms, batch_size).rows} if (arms := arms_of(entries)) else {}
     about = lambda e: {"label": e.label, "run": e.run, "checkpoint": e.checkpoint}
     rows = [about(e) | row(e, leads, study_step(entries)) for e in entries]
     findings = [{"mark": part.mark, "about": part.about} for part in said]
@@ -118,7 +119,7 @@ def compare(
     study = study_of(run, entries)
     said = step_findings(arms_of(entries)) + (study_findings(study) if study else [])
     said += verdict(featured(study) if study else entries, missing)
-    told = comparison_json(entries, missing, said, settings.leads, study)
+    told = comparison_json(entries, missing, said, settings.leads, study, settings.batch_size)
     with atomic(run.path / "comparison.json") as part:
         part.write_text(json.dumps(told, indent=1, ensure_ascii=False))
     with atomic(run.path / "comparison.nc") as part:

@@ -15,12 +15,10 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from .datasets import check_fit, climate_section, ensure_data, open_dataset, scored_section
+from .datasets import check_fit, climate_section, ensure_data, scored_section
 from .forecast.baselines import Fits, baseline_fits, baseline_states, data_told, truth_scores
 from .forecast.ceiling import flow_exponent, integrable, twin_states
-from turbvit_nb.forecast.ensembles import (
-    climate_members, emulator_ensemble, score_ensemble, solver_members, tuned_perturbation, unseen_spectrum,
-)
+from .forecast.ensembles import emulator_ensemble, rival_ensembles, tuned_perturbation
 from .forecast.keys import analysis_settings
 from .forecast.reading import read_short
 from .forecast.scores import FORECASTS, described, marked_wavenumbers
@@ -35,7 +33,6 @@ from turbvit_nb.forecast.starts import (
     score_emulator,
     score_forecast,
     start_samples,
-    streamed,
 )
 from .lab.checkpoints import attributes, identify, results_in
 from .lab.config import LabError
@@ -59,39 +56,6 @@ def _ceiling_spectrum(run: Run, starts: Starts, checkpoint: Path) -> Tensor | No
     return spectrum
 
 
-def _ensembles(run: Run, starts: Starts) -> list[xr.Dataset]:
-    "The scores of climatology as an ensemble, and of the solver's own, where the config asks for them; kept as `baselines/ensembles.nc`, whatever the checkpoints."
-    settings, name = analysis_settings(run.config), climate_section(run.config)
-    if settings.members == 1:
-        return []
-    target, keys = run.path / "baselines" / "ensembles.nc", ("max_leadtime", "n_ensembles", "members", "solver_ensemble")
-    sections = (section(run.config) for section in (scored_section, climate_section))
-    asked = fingerprint(data_told(run.config, *sections) | picked(settings, keys) | {"frames": starts.dataset.num_frames})
-    if (known := up_to_date(target, asked)) is None:
-        known = _scored_ensembles(run, starts, name).assign_attrs(made_from=asked)
-        write_netcdf(known, target)
-    return [known.drop_attrs()]
-
-
-def _scored_ensembles(run: Run, starts: Starts, name: str) -> xr.Dataset:
-    "The same, computed; `name` is the section that climatology is drawn from."
-    settings = analysis_settings(run.config)
-    others = open_dataset(streamed(run.config.section(name)), name=name)
-    states = {"climatology": climate_members(others, starts, settings.members)}
-    if settings.solver_ensemble:
-        known = all(map(integrable, starts.flows))
-        unseen = unseen_spectrum(starts) if known else None
-        if unseen is None:
-            why = "the frames hold all of its waves" if known else "it does not integrate this flow"
-            note(f"no ensemble of the solver: {why}")
-        else:
-            solved = lambda group: solver_members(starts, group, settings.members, unseen)
-            steps = dict(total=starts.leads, desc="the solver's own ensemble")
-            states["solver"] = lambda group: progress(solved(group), **steps)
-    scored = [score_ensemble(made, starts, settings.members, name) for name, made in states.items()]
-    return xr.concat(scored, "ensemble")
-
-
 def score_baselines(
     run: Run,
     starts: Starts,
@@ -111,7 +75,7 @@ def score_baselines(
     names = [name for name in FORECASTS if name in states]
     score = lambda name: score_forecast(starts, name, states[name])
     scores = xr.concat(list(map(score, progress(names, desc="forecasts to compare with"))), "forecast")
-    scores = xr.merge([scores, truth_scores(starts), *_ensembles(run, starts)])
+    scores = xr.merge([scores, truth_scores(starts), *rival_ensembles(run, starts)])
     first = checkpoint.stem if spectrum is not None else ""
     scores.attrs = {"made_from": asked, "ceiling_from": first}
     write_netcdf(scores, target)
@@ -168,8 +132,8 @@ def made_from(
     sections = [section(config) for section in (scored_section, climate_section, fitted_section)]
     settings = analysis_settings(config)
     told = {"analysis": picked(settings, _KEYS), "frames": frames}
-    if settings.members > 1 and settings.solver_ensemble:
-        told["analysis"]["solver_ensemble"] = True  # a key that came later is told when it is set
+    if settings.members > 1:
+        told["analysis"]["solver_ensemble"] = settings.solver_ensemble  # what is scored beside the members came later than the other keys
     if settings.members > 1 and settings.perturbation == "tuned":
         sections.append("validation_dataset")
     told |= {"checkpoint": file_mark(checkpoint), "ceiling": file_mark(ceiling or checkpoint)}

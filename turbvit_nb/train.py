@@ -19,7 +19,7 @@ from .datasets import Batches, FrameDataset, climatology, statistics, training_b
 from .forecast.validation import Validation, can_roll
 from .lab.checkpoints import Identity, check_owner
 from .lab.config import registry
-from .lab.learner import Callback, Learner
+from .lab.learner import Callback, Learner, step_generator
 from .lab.progress import note
 from .lab.runs import Run
 from .lab.training import LoopConfig, fit
@@ -133,7 +133,7 @@ class InputNoise(Callback):
     def before_batch(self, learner: Learner) -> None:
         "Draw and add."
         x = learner.batch["x"]
-        generator = torch.Generator(x.device).manual_seed(hash((self.seed, learner.step)))
+        generator = step_generator(self.seed, learner.step, x.device)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         learner.batch["x"] = x + self.scale * self.std.view(-1, 1, 1, 1) * noise
 

@@ -15,7 +15,7 @@ from .generative import Drawing, Generative, drawn_losses
 from .paths import draw_pairs, draw_times
 from .scores import set_distances
 from ..forecast.validation import Validation, can_roll, lead_scores, samples_of, summarise
-from ..lab.learner import Callback, Learner
+from ..lab.learner import Callback, Learner, step_generator
 from ..model import Emulator, rollout
 from ..physics.ensembles import fair_crps, spread_skill, spread_skill_ratio
 from ..physics.spectral import Grid
@@ -55,7 +55,7 @@ class Draws(Callback):
     def before_batch(self, learner: Learner) -> None:
         "Draw."
         x = learner.batch["x"]
-        generator = Generator(x.device).manual_seed(hash((self.seed, learner.step)) % 2**63)
+        generator = step_generator(self.seed, learner.step, x.device)
         learner.batch |= draws_for(self.emulator, x, generator, **self.how)
 
 # %% ../../nbs/flow/05_teaching.ipynb #64f02bc8

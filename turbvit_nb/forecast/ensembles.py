@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Members', 'SEED', 'score_members', 'score_ensemble', 'ensemble_states', 'emulator_ensemble', 'least',
-           'tuned_perturbation', 'unseen_spectrum', 'solver_members', 'climate_members']
+           'tuned_perturbation', 'unseen_spectrum', 'solver_members', 'climate_members', 'rival_ensembles']
 
 # %% ../../nbs/forecast/08_ensembles.ipynb #0972ebce
 import math
@@ -17,12 +17,16 @@ import torch
 import xarray as xr
 from torch import Generator, Tensor
 
-from ..datasets import FIELDS, FrameDataset
-from .ceiling import by_flow
+from ..datasets import FIELDS, FrameDataset, climate_section, open_dataset, scored_section
+from .baselines import data_told
+from .ceiling import by_flow, integrable
+from .keys import analysis_settings
 from .scores import by_lead, with_vorticity
-from .starts import Starts, emulate, one_step_error
+from .starts import Starts, emulate, one_step_error, streamed
 from ..lab.config import LabError
-from ..lab.progress import progress
+from ..lab.progress import note, progress
+from ..lab.results import fingerprint, picked, up_to_date, write_netcdf
+from ..lab.runs import Run
 from ..model import Kind
 from ..physics.ensembles import energy_score, fair_crps, rank_histogram, spread_skill
 from ..physics.metrics import acc, space_mean
@@ -184,3 +188,36 @@ def climate_members(
         return repeat(frames.unflatten(0, (-1, members)), starts.leads)
 
     return states
+
+# %% ../../nbs/forecast/08_ensembles.ipynb #5b0c1d32
+def rival_ensembles(run: Run, starts: Starts) -> list[xr.Dataset]:
+    "The scores of climatology as an ensemble, and of the solver's own, where the config asks for them; kept as `baselines/ensembles.nc`, whatever the checkpoints."
+    settings, name = analysis_settings(run.config), climate_section(run.config)
+    if settings.members == 1:
+        return []
+    target, keys = run.path / "baselines" / "ensembles.nc", ("max_leadtime", "n_ensembles", "members", "solver_ensemble")
+    sections = (section(run.config) for section in (scored_section, climate_section))
+    asked = fingerprint(data_told(run.config, *sections) | picked(settings, keys) | {"frames": starts.dataset.num_frames})
+    if (known := up_to_date(target, asked)) is None:
+        known = _scored_ensembles(run, starts, name).assign_attrs(made_from=asked)
+        write_netcdf(known, target)
+    return [known.drop_attrs()]
+
+
+def _scored_ensembles(run: Run, starts: Starts, name: str) -> xr.Dataset:
+    "The same, computed; `name` is the section that climatology is drawn from."
+    settings = analysis_settings(run.config)
+    others = open_dataset(streamed(run.config.section(name)), name=name)
+    states = {"climatology": climate_members(others, starts, settings.members)}
+    if settings.solver_ensemble:
+        known = all(map(integrable, starts.flows))
+        unseen = unseen_spectrum(starts) if known else None
+        if unseen is None:
+            why = "the frames hold all of its waves" if known else "it does not integrate this flow"
+            note(f"no ensemble of the solver: {why}")
+        else:
+            solved = lambda group: solver_members(starts, group, settings.members, unseen)
+            steps = dict(total=starts.leads, desc="the solver's own ensemble")
+            states["solver"] = lambda group: progress(solved(group), **steps)
+    scored = [score_ensemble(made, starts, settings.members, name) for name, made in states.items()]
+    return xr.concat(scored, "ensemble")

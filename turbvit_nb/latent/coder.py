@@ -21,7 +21,7 @@ from ..emulators.files import load_weights
 from ..emulators.kinds import evaluating
 from ..forecast.validation import samples_of
 from ..lab.config import LabError
-from ..lab.learner import Callback, Learner
+from ..lab.learner import Callback, Learner, step_generator
 from ..lab.runs import read_checkpoint
 from .hierarchy import Hierarchy
 from ..model import Normaliser
@@ -147,10 +147,8 @@ def forward(
 ) -> Tensor:  # (B,)
     "The loss of each sample, in nats a number."
     error, costs = self.parts(x, noise, drop)
-    D = x[0].numel()
-    sizes = [c * side**2 for side, c in self.network.levels]
-    nats = [torch.clamp(cost, min=self.free * size) for cost, size in zip(costs, sizes)]
-    return error + (sum(nats) / D * (1 if share is None else share) if nats else 0)
+    nats = [torch.clamp(cost, min=self.free * size) for cost, size in zip(costs, self.network.anchor.sizes)]
+    return error + (sum(nats) / x[0].numel() * (1 if share is None else share) if nats else 0)
 
 
 def coder_losses(coder: Coder, batch: Mapping[str, Tensor]) -> Tensor:  # (B,)
@@ -175,8 +173,7 @@ class CoderDraws(Callback):
     def before_batch(self, learner: Learner) -> None:
         "Draw."
         x = learner.batch["x"]
-        generator = Generator(x.device).manual_seed(hash((self.seed, learner.step)) % 2**63)
-        how, (begin, end) = dict(generator=generator, device=x.device), self.ramp
+        how, (begin, end) = dict(generator=step_generator(self.seed, learner.step, x.device), device=x.device), self.ramp
         done = learner.position / max(learner.epochs, 1)
         share = min(max((done - begin) / max(end - begin, 1e-9), 0.0), 1.0)
         learner.batch["share"] = x.new_full((len(x),), share)
@@ -228,20 +225,20 @@ def scores(self: CoderValidation, coder: Coder) -> dict[str, float]:
     "The loss without noise and in full, `coding_scores`, those of the main code alone, and nats a number of every code."
     training, pieces = coder.training, self.x.split(self.block)
     coder.eval()
-    loss = torch.cat([coder(x) for x in pieces]).mean().item()
-    nats = [torch.cat(costs).mean().item() for costs in zip(*(coder.parts(x)[1] for x in pieces))]
+    error, nats = zip(*map(coder.parts, pieces))
+    nats = [torch.cat(costs).mean().item() for costs in zip(*nats)]
+    loss = torch.cat(error).mean().item() + sum(nats) / self.x[0].numel()
     codes = [coder.encode(x) for x in pieces]
     uv = lambda frames: to_velocity(frames.transpose(1, 2).flatten(0, 1), coder.fields)
     truth = uv(self.x)
     whole, main = (torch.cat([uv(coder.decode(z[:n])) for z in codes]) for n in (len(codes[0]), 1))
-    sizes = [c * side**2 for side, c in coder.network.levels]
     found = {"validation_loss": loss} | coding_scores(whole, truth)
     found |= {"main_vrmse_omega": coding_scores(main, truth)["vrmse_omega"]}
     coder.train(training)
-    return found | {f"nats_{i}": nat / size for i, (nat, size) in enumerate(zip(nats, sizes))}
+    return found | {f"nats_{i}": nat / size for i, (nat, size) in enumerate(zip(nats, coder.network.anchor.sizes))}
 
 # %% ../../nbs/latent/02_coder.ipynb #3485f557
-_TOLD = ("fields", "num_frames", "step", "sigma", "error", "power", "free", "variational", "bound")
+_TOLD = tuple(Coder.__init__.__kwdefaults__)
 
 
 def coder_state(coder: Coder) -> dict[str, Any]:

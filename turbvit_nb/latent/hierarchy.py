@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,7 +65,7 @@ class Anchor(nn.Module):
     ):
         super().__init__()
         self.levels, self.channels, self.img_size = [tuple(level) for level in levels], channels, img_size
-        self._check()
+        self.check()
         for i, (_, c) in enumerate(self.levels):
             self.register_buffer(f"basis_{i}", torch.eye(c, self._whole(i)))
             self.register_buffer(f"scale_{i}", torch.ones(c))
@@ -74,81 +75,103 @@ class Anchor(nn.Module):
         "Channels that level i has before any are left out."
         return (3 if i else 4) * self.channels
 
-    def _check(self) -> None:
-        "Raise `LabError` for levels that do not fit."
-        sides = [side for side, _ in self.levels]
-        told = f"levels = {[list(level) for level in self.levels]}"
-        if not sides or any(b != 2 * a for a, b in zip(sides, sides[1:])):
-            raise LabError(f"{told}: give [side, channels] of each code, sides doubling from the coarsest on")
-        if 2 * sides[-1] > self.img_size or self.img_size % (2 * sides[-1]):
-            raise LabError(f"{told}: a finest code on {sides[-1]}² points needs frames of {2 * sides[-1]}², a divisor of {self.img_size}")
-        for i, (side, c) in enumerate(self.levels):
-            if not 0 < c <= self._whole(i):
-                raise LabError(f"{told}: the code on {side}² points can have 1 to {self._whole(i)} channels")
-
     @property
-    def size(self) -> int:
-        "Numbers of all codes."
-        return sum(c * side**2 for side, c in self.levels)
+    def sizes(self) -> list[int]:
+        "Numbers of each code."
+        return [c * side**2 for side, c in self.levels]
 
-    def _levels_of(self, field: Tensor) -> list[Tensor]:
-        "All channels of every level of a field on the finest grid, coarsest first."
-        found, average = [], field
-        for _ in self.levels:
-            average, differences = parted(average)
-            found.append(differences)
-        found[-1] = torch.cat([average, found[-1]], 1)
-        return found[::-1]
+# %% ../../nbs/latent/01_hierarchy.ipynb #c4e0ea50
+@patch
+def check(self: Anchor) -> None:
+    "Raise `LabError` for levels that do not fit."
+    sides = [side for side, _ in self.levels]
+    told = f"levels = {[list(level) for level in self.levels]}"
+    if not sides or any(b != 2 * a for a, b in zip(sides, sides[1:])):
+        raise LabError(f"{told}: give [side, channels] of each code, sides doubling from the coarsest on")
+    halves = [self.img_size >> i for i in range(1, self.img_size.bit_length()) if self.img_size % (1 << i) == 0]
+    if sides[-1] not in halves:
+        able = ", ".join(f"{side}²" for side in halves) or "none"
+        raise LabError(f"{told}: of frames of {self.img_size}² points codes can lie on {able}, not on {sides[-1]}²")
+    for i, (side, c) in enumerate(self.levels):
+        if not 0 < c <= self._whole(i):
+            raise LabError(f"{told}: the code on {side}² points can have 1 to {self._whole(i)} channels")
 
-    @torch.no_grad()
-    def fit(self, x: Tensor) -> "Anchor":
-        "Choose the channels that vary most over training frames (n, M, N, N), and measure them."
-        for i, raw in enumerate(self._levels_of(Grid.of(x).resample(x, 2 * self.levels[-1][0]))):
-            flat = raw.transpose(0, 1).flatten(1)
-            mean = flat.mean(1)
-            _, vectors = torch.linalg.eigh(torch.cov(flat.double()))
-            basis = vectors.flip(1)[:, : self.levels[i][1]].T.to(x.dtype)
-            kept = basis @ (flat - mean[:, None])
-            for name, value in (("basis", basis), ("mean", basis @ mean), ("scale", kept.std(1))):
-                getattr(self, f"{name}_{i}").copy_(value)
-        return self
+# %% ../../nbs/latent/01_hierarchy.ipynb #c4e0ea52
+@patch
+def _levels_of(self: Anchor, field: Tensor) -> list[Tensor]:
+    "All channels of every level of a field on the finest grid, coarsest first."
+    found, average = [], field
+    for _ in self.levels:
+        average, differences = parted(average)
+        found.append(differences)
+    found[-1] = torch.cat([average, found[-1]], 1)
+    return found[::-1]
 
-    def _column(self, name: str, i: int) -> Tensor:
-        "A number of every channel of level i."
-        return getattr(self, f"{name}_{i}")[:, None, None]
 
-    def codes_of(self, raw: Sequence[Tensor]) -> list[Tensor]:
-        "All channels of every level to standardised codes."
-        kept = [torch.einsum("cm,bmhw->bchw", getattr(self, f"basis_{i}"), part) for i, part in enumerate(raw)]
-        return [(z - self._column("mean", i)) / self._column("scale", i) for i, z in enumerate(kept)]
+@patch
+@torch.no_grad()
+def fit(self: Anchor, x: Tensor) -> Anchor:
+    "Choose the channels that vary most over training frames (n, M, N, N), and measure them."
+    for i, raw in enumerate(self._levels_of(Grid.of(x).resample(x, 2 * self.levels[-1][0]))):
+        flat = raw.transpose(0, 1).flatten(1)
+        mean = flat.mean(1)
+        _, vectors = torch.linalg.eigh(torch.cov(flat.double()))
+        basis = vectors.flip(1)[:, : self.levels[i][1]].T.to(x.dtype)
+        kept = basis @ (flat - mean[:, None])
+        for name, value in (("basis", basis), ("mean", basis @ mean), ("scale", kept.std(1))):
+            getattr(self, f"{name}_{i}").copy_(value)
+    return self
 
-    def raw_of(self, codes: Sequence[Tensor]) -> list[Tensor]:
-        "The inverse of `codes_of`; channels that were left out are nothing."
-        whole = [z * self._column("scale", i) + self._column("mean", i) for i, z in enumerate(codes)]
-        return [torch.einsum("cm,bchw->bmhw", getattr(self, f"basis_{i}"), z) for i, z in enumerate(whole)]
+# %% ../../nbs/latent/01_hierarchy.ipynb #c4e0ea54
+@patch
+def _column(self: Anchor, name: str, i: int) -> Tensor:
+    "A number of every channel of level i."
+    return getattr(self, f"{name}_{i}")[:, None, None]
 
-    def coarse(self, codes: Sequence[Tensor]) -> Tensor:  # (B, M, 2s, 2s), s the finest side
-        "Codes to a field on the finest grid that they carry."
-        raw = self.raw_of(codes)
-        average, differences = raw[0].split([self.channels, 3 * self.channels], 1)
-        for finer in raw[1:]:
-            average, differences = joined(average, differences), finer
-        return joined(average, differences)
 
-    def codes_in(self, field: Tensor) -> list[Tensor]:
-        "The codes of a field on the finest grid: the inverse of `coarse` where no channel was left out."
-        return self.codes_of(self._levels_of(field))
+@patch
+def codes_of(self: Anchor, raw: Sequence[Tensor]) -> list[Tensor]:
+    "All channels of every level to standardised codes."
+    kept = [torch.einsum("cm,bmhw->bchw", getattr(self, f"basis_{i}"), part) for i, part in enumerate(raw)]
+    return [(z - self._column("mean", i)) / self._column("scale", i) for i, z in enumerate(kept)]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        "Frames to codes, in their own precision."
-        with torch.autocast(x.device.type, enabled=False):
-            return self.codes_in(Grid.of(x).resample(x, 2 * self.levels[-1][0]))
 
-    def inverse(self, codes: Sequence[Tensor]) -> Tensor:
-        "Codes to frames (B, M, N, N), in the precision of the anchor."
-        with torch.autocast(codes[0].device.type, enabled=False):
-            x = self.coarse([z.to(self.scale_0) for z in codes])
-            return Grid.of(x).resample(x, self.img_size)
+@patch
+def raw_of(self: Anchor, codes: Sequence[Tensor]) -> list[Tensor]:
+    "The inverse of `codes_of`; channels that were left out are nothing."
+    whole = [z * self._column("scale", i) + self._column("mean", i) for i, z in enumerate(codes)]
+    return [torch.einsum("cm,bchw->bmhw", getattr(self, f"basis_{i}"), z) for i, z in enumerate(whole)]
+
+
+@patch
+def coarse(self: Anchor, codes: Sequence[Tensor]) -> Tensor:  # (B, M, 2s, 2s), s the finest side
+    "Codes to a field on the finest grid that they carry."
+    raw = self.raw_of(codes)
+    average, differences = raw[0].split([self.channels, 3 * self.channels], 1)
+    for finer in raw[1:]:
+        average, differences = joined(average, differences), finer
+    return joined(average, differences)
+
+
+@patch
+def codes_in(self: Anchor, field: Tensor) -> list[Tensor]:
+    "The codes of a field on the finest grid: the inverse of `coarse` where no channel was left out."
+    return self.codes_of(self._levels_of(field))
+
+# %% ../../nbs/latent/01_hierarchy.ipynb #c4e0ea55
+@patch
+def forward(self: Anchor, x: Tensor) -> list[Tensor]:
+    "Frames to codes, in their own precision."
+    with torch.autocast(x.device.type, enabled=False):
+        return self.codes_in(Grid.of(x).resample(x, 2 * self.levels[-1][0]))
+
+
+@patch
+def inverse(self: Anchor, codes: Sequence[Tensor]) -> Tensor:
+    "Codes to frames (B, M, N, N), in the precision of the anchor."
+    with torch.autocast(codes[0].device.type, enabled=False):
+        x = self.coarse([z.to(self.scale_0) for z in codes])
+        return Grid.of(x).resample(x, self.img_size)
 
 # %% ../../nbs/latent/01_hierarchy.ipynb #b0daecaf
 def residual_kl(
@@ -199,65 +222,77 @@ class Hierarchy(nn.Module):
     @property
     def size(self) -> int:
         "Numbers of all codes."
-        return self.anchor.size
+        return sum(self.anchor.sizes)
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        "Numbers (B, size) as codes, coarsest first."
-        parts = flat.split([c * side**2 for side, c in self.levels], 1)
-        return [part.unflatten(1, (c, side, side)) for part, (side, c) in zip(parts, self.levels)]
+# %% ../../nbs/latent/01_hierarchy.ipynb #6eaa25fc
+@patch
+def split(self: Hierarchy, flat: Tensor) -> list[Tensor]:
+    "Numbers (B, size) as codes, coarsest first."
+    parts = flat.split(self.anchor.sizes, 1)
+    return [part.unflatten(1, (c, side, side)) for part, (side, c) in zip(parts, self.levels)]
 
-    def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        "Means and ln s of the posterior of every code, coarsest first."
-        h, seen = self.stem(F.pixel_unshuffle(x, 2)), {}
-        for side in self.sides:
-            seen[side] = h = self.up[str(side)](h)
-            h = self.shrink[str(side)](h) if side != self.sides[-1] else h
-        heads = [self.posterior[str(side)](seen[side]).to(x.dtype).chunk(2, 1) for side, _ in self.levels]
-        means = [z + added for z, (added, _) in zip(self.anchor(x), heads)]
-        return means, [self.first_log_scale + log_scale for _, log_scale in heads]
 
-    def descend(
-        self,
-        codes: Sequence[Tensor],  # of the coarsest levels, at least one
-        noise: Sequence[Tensor] | None = None,  # for the others, standard normal; without it they take their prior's mean
-        drop: Tensor | None = None,  # (B,) how many of the finest given codes are not used either
-    ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
-        "The frames, all codes, and mean and ln σ of the prior of every code but the main one."
-        channels, priors, taken, h = dict(self.levels), [], [], None
-        for side in reversed(self.sides):
-            h = h if h is None else self.grow[str(side)](h)
-            if side in channels:
-                if h is not None:
-                    priors.append(self.prior[str(side)](h).to(codes[0].dtype).chunk(2, 1))
-                taken.append(self._code(len(taken), codes, noise, priors, drop))
-                added = self.taken[str(side)](taken[-1])
-                h = added if h is None else h + added
-            h = self.down[str(side)](h)
-        frames = self.anchor.inverse(taken)
-        return frames + F.pixel_shuffle(self.output(h), 2).to(frames.dtype), taken, priors
+@patch
+def encode(self: Hierarchy, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    "Means and ln s of the posterior of every code, coarsest first."
+    h, seen = self.stem(F.pixel_unshuffle(x, 2)), {}
+    for side in self.sides:
+        seen[side] = h = self.up[str(side)](h)
+        h = self.shrink[str(side)](h) if side != self.sides[-1] else h
+    heads = [self.posterior[str(side)](seen[side]).to(x.dtype).chunk(2, 1) for side, _ in self.levels]
+    means = [z + added for z, (added, _) in zip(self.anchor(x), heads)]
+    return means, [self.first_log_scale + log_scale for _, log_scale in heads]
 
-    def _code(self, i: int, codes: Sequence[Tensor], noise: Sequence[Tensor] | None, priors: list, drop: Tensor | None) -> Tensor:
-        "The code of level i: as given, or from its prior."
-        if i < len(codes) and (drop is None or not i):
-            return codes[i]
-        mean, log_scale = priors[-1]
-        drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
-        return drawn if i >= len(codes) else torch.where((i < len(self.levels) - drop)[:, None, None, None], codes[i], drawn)
+# %% ../../nbs/latent/01_hierarchy.ipynb #6eaa25fe
+@patch
+def descend(
+    self: Hierarchy,
+    codes: Sequence[Tensor],  # of the coarsest levels, at least one
+    noise: Sequence[Tensor] | None = None,  # for the others, standard normal; without it they take their prior's mean
+    drop: Tensor | None = None,  # (B,) how many of the finest given codes are not used either
+) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
+    "The frames, all codes, and mean and ln σ of the prior of every code but the main one."
+    channels, priors, taken, h = dict(self.levels), [], [], None
+    for side in reversed(self.sides):
+        h = h if h is None else self.grow[str(side)](h)
+        if side in channels:
+            if h is not None:
+                priors.append(self.prior[str(side)](h).to(codes[0].dtype).chunk(2, 1))
+            taken.append(self._code(len(taken), codes, noise, priors, drop))
+            added = self.taken[str(side)](taken[-1])
+            h = added if h is None else h + added
+        h = self.down[str(side)](h)
+    frames = self.anchor.inverse(taken)
+    return frames + F.pixel_shuffle(self.output(h), 2).to(frames.dtype), taken, priors
 
-    def decode(self, codes: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> Tensor:
-        "Frames (B, M, N, N) of all codes, or of the coarsest alone."
-        return self.descend(codes, noise)[0]
 
-    def forward(
-        self,
-        x: Tensor,  # normalised frames (B, M, N, N)
-        noise: Sequence[Tensor] | None = None,  # (B, c, s, s) for each code; without it codes are their means
-        drop: Tensor | None = None,  # (B,) how many of the finest codes come from their priors instead
-    ) -> tuple[Tensor, list[Tensor]]:  # the frames, and the nats of every code (B,)
-        "What is left of frames, and what the codes cost."
-        means, log_scales = self.encode(x)
-        drawn = means if noise is None else [m + s.exp() * e for m, s, e in zip(means, log_scales, noise)]
-        frames, _, priors = self.descend(drawn, noise, drop)
-        priors = [(torch.zeros_like(means[0]), torch.zeros_like(means[0])), *priors]
-        costs = [residual_kl(m - mean, s - log_prior, log_prior) for m, s, (mean, log_prior) in zip(means, log_scales, priors)]
-        return frames, [cost.flatten(1).sum(1) for cost in costs]
+@patch
+def _code(self: Hierarchy, i: int, codes: Sequence[Tensor], noise: Sequence[Tensor] | None, priors: list, drop: Tensor | None) -> Tensor:
+    "The code of level i: as given, or from its prior."
+    if i < len(codes) and (drop is None or not i):
+        return codes[i]
+    mean, log_scale = priors[-1]
+    drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
+    return drawn if i >= len(codes) else torch.where((i < len(self.levels) - drop)[:, None, None, None], codes[i], drawn)
+
+# %% ../../nbs/latent/01_hierarchy.ipynb #6eaa25ff
+@patch
+def decode(self: Hierarchy, codes: Sequence[Tensor], noise: Sequence[Tensor] | None = None) -> Tensor:
+    "Frames (B, M, N, N) of all codes, or of the coarsest alone."
+    return self.descend(codes, noise)[0]
+
+
+@patch
+def forward(
+    self: Hierarchy,
+    x: Tensor,  # normalised frames (B, M, N, N)
+    noise: Sequence[Tensor] | None = None,  # (B, c, s, s) for each code; without it codes are their means
+    drop: Tensor | None = None,  # (B,) how many of the finest codes come from their priors instead
+) -> tuple[Tensor, list[Tensor]]:  # the frames, and the nats of every code (B,)
+    "What is left of frames, and what the codes cost."
+    means, log_scales = self.encode(x)
+    drawn = means if noise is None else [m + s.exp() * e for m, s, e in zip(means, log_scales, noise)]
+    frames, _, priors = self.descend(drawn, noise, drop)
+    priors = [(torch.zeros_like(means[0]), torch.zeros_like(means[0])), *priors]
+    costs = [residual_kl(m - mean, s - log_prior, log_prior) for m, s, (mean, log_prior) in zip(means, log_scales, priors)]
+    return frames, [cost.flatten(1).sum(1) for cost in costs]
