@@ -22,7 +22,7 @@ from .paths import path_named
 from .sampling import evaluations, guided, jump, sample
 from ..lab.config import LabError
 from ..layers.attention import attending, plain_attention
-from ..model import Emulator, Normaliser
+from ..model import Emulator, Normaliser, full_precision
 from ..physics.spectral import grid
 
 # %% ../../nbs/flow/04_generative.ipynb #b47eac69
@@ -236,7 +236,8 @@ def forward(
     if y is None:
         return self.normaliser.denormalise(self.predict(z, cond, generator))
     wanted = self.normaliser.normalise(y[:, :, None] if y.ndim == 4 else y)
-    return self.generative_losses(z, cond, wanted, **draws)
+    with nullcontext() if self.training else full_precision(self):  # a derivative in forward mode needs it
+        return self.generative_losses(z, cond, wanted, **draws)
 
 
 def drawn_losses(
