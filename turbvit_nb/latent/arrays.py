@@ -149,8 +149,11 @@ def read_parameters(path: Path) -> tuple[np.ndarray, list[str]]:
     "Numbers (P, k) of a CSV, and the names in its first row. Raises `LabError`."
     if not path.is_file():
         raise LabError(f"{path} is not there")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LabError(f"{path} is not a CSV that can be read ({error})") from None
     if len(rows) < 2:
         raise LabError(f"{path}: give a row of names, and a row of numbers for each solution")
     names = [name.strip() for name in rows[0]]

@@ -19,7 +19,7 @@ from scipy.interpolate import RBFInterpolator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..emulators.files import load_weights
@@ -32,6 +32,7 @@ from .trajectories import LinearPart
 from ..layers.attention import Block
 from ..layers.convolution import ResidualBlock, downsample
 from ..layers.embed import TubeletEmbed, torus_positions
+from ..physics.predictability import pod
 
 # %% ../../nbs/latent/06_conditioners.ipynb #88f2147f
 Interpolation = Callable[[Tensor, Tensor, Tensor], Tensor]  # known p (P, k), known z (P, d), new p (Q, k) → (Q, d)
@@ -64,7 +65,7 @@ def gaussian_process(p: Tensor, z: Tensor, new: Tensor) -> Tensor:
 
 INTERPOLATIONS: dict[str, Interpolation] = {"nearest": nearest, "RBF": radial, "Gaussian process": gaussian_process}
 
-# %% ../../nbs/latent/06_conditioners.ipynb #0bb0ee0f
+# %% ../../nbs/latent/06_conditioners.ipynb #9984ff8d
 class Coding(Protocol):
     "What turns trajectories into codes and back."
 
@@ -76,9 +77,12 @@ class Coding(Protocol):
 
 
 class TrajectoryPOD:
-    "The leading modes of training trajectories (P, T, n)."
+    "The leading modes of training trajectories (P, T, n), or all that they have."
 
-    def __init__(self, values: Tensor, size: int, modes: int = 64):
+    def __init__(self, values: Tensor, size: int | None = None, modes: int = 64):
+        if size is None:
+            flat = LinearPart(*values.shape[1:], modes, 1).fit(values).series(values).flatten(1)
+            size = len(pod((flat - flat.mean(0))[:, None, None], len(values) - 1)[0])
         self.linear = LinearPart(*values.shape[1:], modes, size).fit(values)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -224,20 +228,17 @@ def condition_losses(model: Surrogate, batch: Mapping[str, Tensor]) -> Tensor:  
 def stirred(
     noise: float = 0.0,  # standard deviation, where parameters lie between −1 and 1
     mixup: float = 0.0,  # a of the Beta(a, a) that weights are drawn from; 0 mixes nothing
-) -> Callable[[dict[str, Tensor], Generator], dict[str, Tensor]]:
+) -> Callable[[dict[str, Tensor], np.random.Generator], dict[str, Tensor]]:
     "Changes of a batch: noise on what is told, and weighted means of two samples."
 
-    def change(batch: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
+    def change(batch: dict[str, Tensor], draw: np.random.Generator) -> dict[str, Tensor]:
+        told = batch["cond"]
         if mixup:
-            draw = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-            share = torch.from_numpy(draw.beta(mixup, mixup, len(batch["cond"]))).float().to(batch["cond"])
-            other = torch.from_numpy(draw.permutation(len(share))).to(share.device)
+            share = torch.from_numpy(draw.beta(mixup, mixup, len(told))).to(told)
+            other = torch.from_numpy(draw.permutation(len(told))).to(told.device)
             column = lambda value: share.view(-1, *[1] * (value.ndim - 1))
             batch = {key: column(value) * value + (1 - column(value)) * value[other] for key, value in batch.items()}
-        if noise:
-            drawn = torch.randn(batch["cond"].shape, generator=generator)
-            batch = batch | {"cond": batch["cond"] + noise * drawn.to(batch["cond"])}
-        return batch
+        return batch | {"cond": batch["cond"] + noise * torch.from_numpy(draw.normal(size=told.shape)).to(told)} if noise else batch
 
     return change
 
