@@ -85,7 +85,7 @@ def test_levels_that_do_not_fit_are_one_line(home, latent, told):
 
 
 @pytest.mark.parametrize("latent, told", [
-    (dict(bound=2.0), "set latent.variational = false with it"), (dict(ramp=[0.9, 0.1]), "the first not after the second"),
+    (dict(bound=2.0), "set latent.variational = false with it"), (dict(drop=0.5, variational=False), "latent.drop draws codes from their priors"), (dict(ramp=[0.9, 0.1]), "the first not after the second"),
     (dict(levels=[[2, 4, 1]]), "latent.levels"), (dict(width=12), "latent.width"), (dict(errr="mse"), "latent.errr"),
 ])
 def test_wrong_keys_are_one_line(home, latent, told):

@@ -50,6 +50,8 @@ class LatentConfig(LoopConfig):
         "Raise `LabError`, one line, where the keys do not go together."
         if self.bound and self.variational:
             raise LabError(f"{name}.bound is of codes that cost nothing: set {name}.variational = false with it")
+        if self.drop and not self.variational:
+            raise LabError(f"{name}.drop draws codes from their priors, which a coder that is not variational does not learn: leave it out")
         if not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
             raise LabError(f"{name}.ramp = {self.ramp}: give two shares of the training, the first not after the second")
 
