@@ -104,6 +104,7 @@ def test_pictures_tell_what_parameters_tell(home):
     assert relative_errors(model(train_set.about), train_set.values).mean() < 0.6 * mean
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_interpolation_is_that_of_the_libraries(home):
     "Radial functions go through what is known; processes are those of scikit-learn, number by number."
     train_set, _, test = read_solutions(load_config(config(home, "seen")).section("arrays"), 3)

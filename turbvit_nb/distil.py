@@ -25,6 +25,7 @@ from .lab.config import Config, LabError, run_folder
 from .lab.learner import EMA, Callback, Learner
 from .lab.runs import Run, read_checkpoint, read_metrics
 from .lab.training import restored_optimizer
+from .emulators.files import averaged
 from .layers.attention import Block
 from turbvit_nb.model import (
     Emulator, Kind, emulator_state, load_emulator, load_weights,
@@ -204,7 +205,7 @@ def _hand_on(self: Lesson, name: str, learner: Learner) -> None:
     student.optimizer_state = learner.optimizer.state_dict()
     if name == "training" and self.run.has("distil_best"):
         best = self.run.load("distil_best", self.run.device)
-        network.load_state_dict(best.get("ema_state") or best["model_state"])
+        network.load_state_dict(averaged(best))
         student.optimizer_state = best["optimizer_state"]
         return
     for callback in learner.callbacks:

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Generator, Tensor, nn
 
 from .emulators.files import emulator_from_state, emulator_state, load_emulator, load_weights
-from .emulators.files import plain_weights, registered
+from .emulators.files import plain_weights, rebuilt, registered
 from .emulators.kinds import KINDS, Kind, State, evaluating, noise, register, rollout, states
 from .lab.config import Config, LabError, named_file
 from .networks.cards import Card, card
@@ -311,9 +311,7 @@ def from_state(cls: Emulator, state: dict[str, Any], source: str) -> Emulator:
     registered(
         NETWORKS, config.get("model_type", "ViT"), builder.get("network_module", ""), source,
     )
-    with torch.random.fork_rng(devices=[]):
-        network = create_model(**config)
-    load_weights(network, state.get("ema_state") or state["model_state"], source)
+    network = rebuilt(lambda: create_model(**config), state, source)
     statistics = (state["emulator"][name] for name in _STATISTICS)
     return cls(network, Normaliser(*statistics), **cls.settings_from(state, source))
 

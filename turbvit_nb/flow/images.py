@@ -18,14 +18,13 @@ from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor, nn
 
-from ..emulators.files import load_weights
+from ..emulators.files import read_part, rebuilt
 from ..emulators.kinds import evaluating
 from .generative import HOW, Drawing
 from .scores import set_distances
 from .teaching import draws_for
 from ..lab.config import LabError, data_path
 from ..lab.learner import Learner
-from ..lab.runs import read_checkpoint
 from ..model import create_model
 
 # %% ../../nbs/flow/06_images.ipynb #ae834d4b
@@ -261,14 +260,10 @@ def load_images_model(
     **how,  # to draw otherwise than it says: solver, steps, guidance
 ) -> ImageModel:  # in evaluation mode
     "The model of a checkpoint. Raises `LabError`, also for a checkpoint of something else."
-    state = read_checkpoint(checkpoint, device)
-    if not isinstance(state, dict) or "images" not in state:
-        raise LabError(f"{checkpoint} holds no model of images; one of [images] and [flow] does")
+    state = read_part(checkpoint, "images", "model of images; one of [images] and [flow] does", device)
     said = dict(state["images"]) | how
-    with torch.random.fork_rng(devices=[]):
-        model = ImageModel(create_model(**said.pop("network")), **said)
-    load_weights(model.network, state.get("ema_state") or state["model_state"], str(checkpoint))
-    return model.to(device).eval()
+    network = rebuilt(lambda: create_model(**said.pop("network")), state, str(checkpoint))
+    return ImageModel(network, **said).to(device).eval()
 
 # %% ../../nbs/flow/06_images.ipynb #a501b25b
 class ImageValidation:

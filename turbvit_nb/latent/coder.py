@@ -17,12 +17,11 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..datasets import FrameDataset, to_velocity
-from ..emulators.files import load_weights
+from ..emulators.files import read_part, rebuilt
 from ..emulators.kinds import evaluating
 from ..forecast.validation import samples_of
 from ..lab.config import LabError
 from ..lab.learner import Callback, Learner, step_generator
-from ..lab.runs import read_checkpoint
 from .hierarchy import Hierarchy
 from ..model import Normaliser
 from ..physics.metrics import band_rms, vrmse
@@ -271,9 +270,7 @@ def coder_from_state(
 ) -> Coder:  # in evaluation mode
     "The coder again. Raises `LabError` for weights that do not fit."
     said = state["latent"]
-    with torch.random.fork_rng(devices=[]):
-        network = Hierarchy(**said["network"])
-    load_weights(network, state.get("ema_state") or state["model_state"], source)
+    network = rebuilt(lambda: Hierarchy(**said["network"]), state, source)
     statistics = (said["statistics"][name] for name in ("mean", "std", "increment_std"))
     return Coder(network, Normaliser(*statistics), **said["coder"]).eval()
 
@@ -283,7 +280,5 @@ def load_coder(
     device: str | torch.device = "cpu",
 ) -> Coder:  # in evaluation mode
     "The coder of a checkpoint. Raises `LabError`, also for a checkpoint of something else."
-    state = read_checkpoint(checkpoint, device)
-    if not isinstance(state, dict) or "latent" not in state:
-        raise LabError(f"{checkpoint} holds no coder; 11_latent trains one, in [latent]")
+    state = read_part(checkpoint, "latent", "coder; 11_latent trains one, in [latent]", device)
     return coder_from_state(state, str(checkpoint)).to(device)

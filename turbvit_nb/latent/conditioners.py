@@ -22,11 +22,10 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..emulators.files import load_weights
+from ..emulators.files import read_part, rebuilt
 from ..emulators.kinds import evaluating
 from ..lab.config import LabError
 from ..lab.learner import Learner
-from ..lab.runs import read_checkpoint
 from .arrays import Solutions, relative_errors
 from .trajectories import LinearPart
 from ..layers.attention import Block
@@ -272,12 +271,7 @@ def load_conditioner(
     device: str | torch.device = "cpu",
 ) -> Conditioner:  # in evaluation mode
     "The conditioner of a checkpoint. Raises `LabError`, also where it belongs to another coder."
-    state = read_checkpoint(checkpoint, device)
-    if not isinstance(state, Mapping) or "conditioner" not in state:
-        raise LabError(f"{checkpoint} holds no conditioner; 12_condition trains one, in [condition]")
+    state = read_part(checkpoint, "conditioner", "conditioner; 12_condition trains one, in [condition]", device)
     if state["coder"] != coder:
         raise LabError(f"{checkpoint} was trained for the codes of another coder: train it again, or name that coder in condition.coder")
-    with torch.random.fork_rng(devices=[]):
-        conditioner = Conditioner(**state["conditioner"])
-    load_weights(conditioner, state.get("ema_state") or state["model_state"], str(checkpoint))
-    return conditioner.eval().to(device)
+    return rebuilt(lambda: Conditioner(**state["conditioner"]), state, str(checkpoint)).eval().to(device)

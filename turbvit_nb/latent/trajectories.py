@@ -6,8 +6,8 @@
 __all__ = ['LinearPart', 'TrajectoryCoder', 'Keys', 'linear_coder', 'SolutionsValidation', 'trajectory_state',
            'load_trajectories']
 
-# %% ../../nbs/latent/05_trajectories.ipynb #241fb568
-from collections.abc import Mapping, Sequence
+# %% ../../nbs/latent/05_trajectories.ipynb #49301f40
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +16,10 @@ from fastcore.basics import patch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ..emulators.files import load_weights
+from ..emulators.files import read_part, rebuilt
 from ..emulators.kinds import evaluating
 from ..lab.config import LabError
 from ..lab.learner import Learner
-from ..lab.runs import read_checkpoint
 from .arrays import Solutions, relative_errors
 from .coder import ERRORS, Error, evidence
 from .hierarchy import code_costs
@@ -267,11 +266,7 @@ def load_trajectories(
     device: str | torch.device = "cpu",
 ) -> TrajectoryCoder:  # in evaluation mode
     "The coder of a checkpoint. Raises `LabError`, also for a checkpoint of something else."
-    state = read_checkpoint(checkpoint, device)
-    if not isinstance(state, Mapping) or "surrogate" not in state:
-        raise LabError(f"{checkpoint} holds no coder of trajectories; 11_arrays trains one, in [surrogate]")
-    with torch.random.fork_rng(devices=[]):
-        coder = TrajectoryCoder(**state["surrogate"])
-    load_weights(coder, state.get("ema_state") or state["model_state"], str(checkpoint))
+    state = read_part(checkpoint, "surrogate", "coder of trajectories; 11_arrays trains one, in [surrogate]", device)
+    coder = rebuilt(lambda: TrajectoryCoder(**state["surrogate"]), state, str(checkpoint))
     coder.seen = list(state["seen"])
     return coder.eval().requires_grad_(False).to(device)
