@@ -202,7 +202,7 @@ def steps_figure(arms: Sequence[Arm], batch_size: int = 1) -> hv.Layout:
     look = dict(cost=cost, xlabel=xlabel)
     panels = [cost_figure(arms, lambda e: crps_at(e, last), f"CRPS of u at {last:.3g} time units", levels=known_levels(every, last), **look)]
     if any(math.isfinite(small_scales(entry)) for entry in every):
-        panels.append(cost_figure(arms, small_scales, "smallest scales' enstrophy ÷ truth", levels={"truth": 1.0}, **look))
+        panels.append(cost_figure(arms, small_scales, "smallest scales' enstrophy ÷ truth", levels={"truth": 1.0}, logy=True, **look))
     return beside(*panels)
 
 # %% ../../nbs/study/16_steps.ipynb #081df2ac
