@@ -46,7 +46,7 @@ def wake(p: np.ndarray) -> np.ndarray:
     street = 0.5 * np.sqrt(growth) * saturated * x / (1 + x) * across * np.cos(omega * x / (0.8 * U) - omega * t)
     return (U * (1 - deficit + street)).reshape(len(p), len(TIMES), -1)
 
-
+# %% ../../nbs/latent/04_arrays.ipynb #a73b5c92
 def plate(p: np.ndarray, waves: int = 24, fine: int = 20) -> np.ndarray:
     "The temperature (P, 50, 1000) on 40 × 25 points for diffusivities, turns, widths and radii (P, 4)."
     k, t = np.arange(waves), np.linspace(0, 1, fine * (len(TIMES) - 1) + 1)
@@ -65,7 +65,7 @@ def plate(p: np.ndarray, waves: int = 24, fine: int = 20) -> np.ndarray:
             kept.append(np.einsum("pkl,kx,ly->pxy", a, *along).reshape(len(p), -1))
     return np.stack(kept, 1)
 
-
+# %% ../../nbs/latent/04_arrays.ipynb #5be9d51b
 PROBLEMS = {  # name: solution, and the range of each parameter
     "pulse": (pulse, {"c": (0.15, 0.85), "gamma": (0.5, 3.0), "w": (0.025, 0.06)}),
     "wake": (wake, {"Re": (60.0, 200.0), "U": (0.85, 1.15)}),
@@ -144,7 +144,7 @@ def read_array(
         raise LabError(f"{path} holds {found.dtype}, not real numbers")
     return found
 
-
+# %% ../../nbs/latent/04_arrays.ipynb #60708923
 def read_parameters(path: Path) -> tuple[np.ndarray, list[str]]:
     "Numbers (P, k) of a CSV, and the names in its first row. Raises `LabError`."
     if not path.is_file():
@@ -213,7 +213,7 @@ class Solutions:
         "A part."
         return replace(self, values=self.values[rows], about=self.about[rows], rows=self.rows[rows])
 
-
+# %% ../../nbs/latent/04_arrays.ipynb #e15939df
 class ArraysConfig(Section):
     "The section `[arrays]`."
 
@@ -241,7 +241,7 @@ def _solutions(asked: ArraysConfig) -> tuple[np.ndarray, np.ndarray | None, list
         return values, None, []
     return values, *read_parameters(data_path(asked.parameters))
 
-
+# %% ../../nbs/latent/04_arrays.ipynb #63b8e0a3
 def read_solutions(
     asked: ArraysConfig,  # the section [arrays]
     seed: int = 0,  # of who is held out

@@ -230,11 +230,6 @@ class Hierarchy(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    @property
-    def size(self) -> int:
-        "Numbers of all codes."
-        return sum(self.anchor.sizes)
-
 # %% ../../nbs/latent/01_hierarchy.ipynb #6eaa25fc
 @patch
 def split(self: Hierarchy, flat: Tensor) -> list[Tensor]:
