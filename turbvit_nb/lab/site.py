@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'tidy', 'run_part', 'without_smoke', 'heading', 'run_reports', 'made_at', 'trimmed', 'publish',
-           'without_progress', 'without_films', 'fold', 'write_report', 'stage_table', 'run_media', 'verdicts',
-           'as_output', 'study_page', 'run_page', 'write_results', 'fill_in', 'list_results', 'heading_id', 'anchors',
-           'page_name', 'site_files', 'site_pages', 'way', 'mend_links', 'link_files', 'write_library', 'build']
+           'without_progress', 'without_films', 'fold', 'from_below', 'write_report', 'stage_table', 'run_media',
+           'verdicts', 'as_output', 'study_page', 'run_page', 'write_results', 'fill_in', 'list_results', 'heading_id',
+           'anchors', 'page_name', 'site_files', 'site_pages', 'way', 'mend_links', 'link_files', 'write_library',
+           'build']
 
 # %% ../../nbs/lab/13_site.ipynb #2bf349ca
 import html
@@ -187,6 +188,18 @@ def fold(page: Path) -> None:
     nbformat.write(nb, page)
 
 # %% ../../nbs/lab/13_site.ipynb #c3c687c4
+def from_below(cells: Iterable[NotebookNode], up: str) -> list[NotebookNode]:
+    "The cells with links to pages of the library, as the chapter has them, as seen from a folder `up` below."
+
+    def moved(match: re.Match) -> str:
+        return f"]({up}{match[1]}" if (root() / "nbs" / match[1]).exists() else match[0]
+
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\(([\w/.-]+\.ipynb)", moved, cell.source)
+    return list(cells)
+
+
 def write_report(
     report: Path,  # <run>/NN_<stage>.ipynb
     run: str,  # its name
@@ -207,7 +220,7 @@ def write_report(
         for text in (f"# {run}: {title}\n\n> {summary or title}", about)
     ]
     own = [cell for cell in run_part(nb) if cell.metadata.get("tags") != ["about"]]
-    cells += without_films(without_progress(own), report.parent, run)
+    cells += from_below(without_films(without_progress(own), report.parent, run), up)
     page = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(page, target)
