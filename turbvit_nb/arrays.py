@@ -32,7 +32,7 @@ class SurrogateConfig(LoopConfig):
     "The section `[surrogate]`: the keys of a loop, and those of a coder of trajectories."
 
     size: Literal["small", "large"] = "small"  # of the codes and of the network, where they are not set
-    codes: list[Annotated[int, Field(gt=0)]] = Field([], validate_default=False)  # numbers of each code, the main one first; each after it has time twice as fine
+    codes: list[Annotated[int, Field(gt=0)]] = []  # numbers of each code, the main one first; each after it has time twice as fine
     width: int = Field(0, ge=0)  # channels of the network
     modes: int = Field(64, gt=0)  # series in time that the nodes are turned into, by POD
     sigma: float = Field(0.03, gt=0)  # of the decoder, in standard deviations: what a nat is worth

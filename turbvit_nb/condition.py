@@ -79,7 +79,7 @@ def build_surrogate(run: Run) -> tuple[Surrogate, tuple[Solutions, Solutions, So
     conditioner = Conditioner(shape=tuple(parts[0].about.shape[1:]), sizes=tuple(coder.sizes), **told)
     return Surrogate(conditioner, coder, asked.mode == "end_to_end").to(run.device), parts, mark
 
-
+# %% ../nbs/12_condition.ipynb #7be10c32
 def train_condition(
     run: Run,  # open, stage "condition"
     callbacks: Iterable[Callback] = (),  # more

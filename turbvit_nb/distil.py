@@ -19,13 +19,13 @@ from torch import nn
 from .compress.distil import distillation, find_teacher
 from .compress.masks import HoldMasks, Masks
 from .datasets import FrameDataset, check_fit
+from .emulators.files import averaged
 from .forecast.validation import Validation, can_roll, summarise
 from .lab.checkpoints import Identity, check_owner, identity_of, results_in, save
 from .lab.config import Config, LabError, run_folder
 from .lab.learner import EMA, Callback, Learner
 from .lab.runs import Run, read_checkpoint, read_metrics
 from .lab.training import restored_optimizer
-from .emulators.files import averaged
 from .layers.attention import Block
 from turbvit_nb.model import (
     Emulator, Kind, emulator_state, load_emulator, load_weights,

@@ -395,7 +395,8 @@ def chapters_of(config: Config) -> dict[str, tuple[tuple[str, ...], ...]]:
     "The chapters that a config is about, and what they need; the common ones where it says nothing of any."
     has = lambda any_of: any(name in config.sections for name in any_of)
     told = {name: needs for name, needs in OTHERS.items() if has(needs[0])}
-    told = {name: needs for name, needs in told.items() if (name, "14_images" in told) != ("14_flow", True)}
+    if "14_images" in told:
+        told.pop("14_flow", None)
     common = {name: needs for name, needs in NEEDS.items() if any(map(has, needs))}
     if told.keys() & {"14_flow", "14_images"} and not has(("training",)):
         common = {name: needs for name, needs in common.items() if name not in ("02_train", "03_prune")}

@@ -21,7 +21,7 @@ from ..emulators.kinds import evaluating
 from ..lab.config import LabError
 from ..lab.learner import Learner
 from .arrays import Solutions, relative_errors
-from .coder import ERRORS, Error, evidence
+from .coder import ERRORS, Coded, Error
 from .hierarchy import code_costs
 from ..physics.predictability import pod
 
@@ -83,7 +83,7 @@ def _layer(width_in: int, width: int) -> nn.Module:
     return nn.Sequential(conv(width_in), nn.GELU(), conv(width), nn.GELU())
 
 
-class TrajectoryCoder(nn.Module):
+class TrajectoryCoder(Coded):
     "Trajectories (B, T, n) as codes (B, d) each, coarsest first, and back."
 
     def __init__(
@@ -121,11 +121,6 @@ class TrajectoryCoder(nn.Module):
         for last in (*self.posterior, *self.prior, self.output):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-
-    @property
-    def size(self) -> int:
-        "Numbers of all codes."
-        return sum(self.sizes)
 
 # %% ../../nbs/latent/05_trajectories.ipynb #9a649bf3
 @patch
@@ -178,17 +173,6 @@ def parts(
     off = ERRORS[self.error](back - series).sum(1).mean(1) / x.shape[2]
     return off / (2 * self.sigma**2), code_costs(means, log_scales, priors) if self.variational else []
 
-
-@patch
-def forward(
-    self: TrajectoryCoder,
-    x: Tensor,  # trajectories (B, T, n)
-    noise: Tensor | None = None,  # (B, size)
-    share: Tensor | None = None,  # (B,), β of the divergence; 1 unless given
-    drop: Tensor | None = None,  # (B,)
-) -> Tensor:  # (B,)
-    "The loss of each sample, in nats a number."
-    return evidence(*self.parts(x, noise, drop), self.sizes, x[0].numel(), self.free, share)
 
 
 @patch
