@@ -1,5 +1,8 @@
 """Deployed emulators: every network in every backend, rollouts that resume, the job, and the chapters that take them."""
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +135,30 @@ def test_a_rollout_of_fifty_steps_stays_with_its_source(backend, precision):
     ours, theirs = (torch.stack(list(rollout(each, batch["x"], 50, cond=batch["cond"]))) for each in (program, emulator))
     apart = ((ours - theirs) / std).abs().flatten(1).amax(1)
     assert apart[0] < (5e-6 if precision == "fp32" else 1e-3) and apart[-1] < (1e-4 if precision == "fp32" else 2e-2)
+
+
+TWO_OPENED_AND_CLOSED = """
+import gc, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_deploy import batch_for, deploy, emulator_of
+emulator = emulator_of("ViT")
+first, second = (deploy(emulator, "openvino") for _ in range(2))
+for program in (first, second):
+    program(**batch_for(emulator))
+del first, program
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("heard", flush=True))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_signals_are_heard_after_programs_of_openvino_are_closed():
+    "Its cores give the main thread a stack for signals; the first of two to go used to leave one that was no more: SIGTERM was a crash."
+    command = [sys.executable, "-c", TWO_OPENED_AND_CLOSED, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout.strip()) == (0, "heard"), done.stderr[-2000:]
 
 
 def test_several_frames_follow_as_in_the_emulator():
