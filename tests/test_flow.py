@@ -57,11 +57,12 @@ def test_every_method_trains_every_network(home, network, method):
     assert {"crps", "spread_skill", "small_scales", "validation_loss"} <= scores.keys() and 0 < scores["crps"] < 10
 
 
-def test_a_stopped_job_ends_with_the_same_bits(home):
-    whole = open_run(config(home, "whole", method="meanflow", label_dropout=0.2, ema=0.9), "flow")
+@pytest.mark.parametrize("how", [dict(method="meanflow", label_dropout=0.2), dict(method="crps", unroll=2, unroll_start=0.5)])
+def test_a_stopped_job_ends_with_the_same_bits(home, how):
+    whole = open_run(config(home, f"whole_{how['method']}", ema=0.9, **how), "flow")
     train_flow(whole)
 
-    path = config(home, "halves", method="meanflow", label_dropout=0.2, ema=0.9)
+    path = config(home, f"halves_{how['method']}", ema=0.9, **how)
     with pytest.raises(Stopped):
         train_flow(run := open_run(path, "flow"), [StopSoon()])
     run.close()
@@ -117,6 +118,7 @@ def test_an_emulator_to_draw_about_that_is_not_there_is_named(home):
     ({"samplers": ["euler 0"]}, "at least one step"),
     ({"samplers": ["leapfrog 2"]}, "is none of euler"),
     ({"equal": 1.5}, "equal"),
+    ({"unroll": 2}, "only the members of CRPS"),
 ])
 def test_a_mistake_is_one_line_before_anything_runs(home, changes, told):
     with pytest.raises(LabError) as error:

@@ -1,4 +1,5 @@
 """Coders of frames as a job: the same bits after a stop, codes on file that give the frames back, better than its anchor, one line for a mistake."""
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from same_bits import StopSoon, equal
 from turbvit_nb.climate.rollouts import open_rollouts
 from turbvit_nb.datasets import training_sets
+from turbvit_nb.flow.job import train_flow
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
 from turbvit_nb.latent.coder import load_coder
 from turbvit_nb.latent.emulator import LatentEmulator
+from turbvit_nb.latent.generative import LatentGenerative
 from turbvit_nb.latent.job import build_coder, keep_latents, train_latent
 from turbvit_nb.model import load_emulator, rollout
 from turbvit_nb.physics.py2d import open_store
@@ -137,6 +140,40 @@ def test_an_emulator_in_codes_is_trained_pruned_rolled_out_and_scored(home):
     torch.testing.assert_close(Grid.of(again).velocity(again), torch.from_numpy(whole), atol=1e-4, rtol=1e-3)
     scores = short_analysis(run := open_run(path, "short_analysis"))
     assert set(scores) == {"best", "prune1_remaining_50.0"} and all(np.isfinite(data.acc.sel(forecast="emulator")).all() for data in scores.values())
+
+
+def test_an_emulator_that_draws_in_codes_goes_through_the_chapters(home):
+    "CRPS through two steps about an emulator in the same codes; about one in others it is one line."
+    train_latent(run := open_run(config(home, "coder", epochs=1), "latent"))
+    run.close()
+    train(run := open_run(emulator_config(home, "coder/checkpoints/best.tar"), "train"))
+    run.close()
+    made = tomllib.loads((home / "stepping.toml").read_text()) | {"output_dir": "drawing"}
+    del made["training"], made["pruning"], made["finetuning"]
+    made["model"] |= {"model_type": "ToldUNet", "base_channels": 8, "depth": 1, "target": "absolute"}
+    for key in ("embed_dim", "num_heads"):
+        del made["model"][key]
+    made["inference"]["members"] = made["analysis"]["members"] = 2
+    made["flow"] = dict(
+        method="crps", around="stepping/checkpoints/best.tar", epochs=2, batch_size=8, unroll=2, unroll_start=0.5,
+        rollout_steps=3, rollout_starts=2, rollout_members=2, precision="fp32",
+    )
+    (home / "drawing.toml").write_text(tomli_w.dumps(made))
+    train_flow(run := open_run(home / "drawing.toml", "flow"))
+    run.close()
+    best = load_emulator(run.checkpoints / "best.tar")
+    assert (type(best), best.evaluations, best.fields, best.step) == (LatentGenerative, 2, ("omega",), 0.1)
+    run = open_run(home / "drawing.toml", "inference")
+    first, second = (r.read() for r in infer(run)["best"][:2])
+    run.close()
+    assert not (first == second).all() and first.shape == (6, 2, 16, 16)
+    assert np.isfinite(short_analysis(open_run(home / "drawing.toml", "short_analysis"))["best"].crps).all()
+    train_latent(run := open_run(config(home, "other", epochs=1, lr=1e-3), "latent"))
+    run.close()
+    made["model"]["coder"] = "other/checkpoints/best.tar"
+    (home / "drawing.toml").write_text(tomli_w.dumps(made | {"output_dir": "astray"}))
+    with pytest.raises(LabError, match="does not step in the codes of this coder"):
+        train_flow(open_run(home / "drawing.toml", "flow"))
 
 
 def vorticity_of(folder: Path) -> np.ndarray:

@@ -90,9 +90,9 @@ class Emulator(Kind):
         return self.network.config
 
     @property
-    def deviations(self) -> Tensor:
-        "The standard deviation of each field (C,), physical."
-        return self.normaliser.std
+    def physical(self) -> Normaliser:
+        "Statistics of its physical frames."
+        return self.normaliser
 
 # %% ../nbs/00_model.ipynb #dc059798
 @patch

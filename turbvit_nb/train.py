@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIGHER', 'TrainingConfig', 'build_data', 'build_emulator', 'build_batches', 'build_validation', 'Unroll',
-           'InputNoise', 'past_one_step', 'fit_emulator', 'train']
+           'InputNoise', 'unrolling', 'past_one_step', 'fit_emulator', 'train']
 
 # %% ../nbs/02_train.ipynb #141ea6ce
 from collections.abc import Callable, Iterable
@@ -138,6 +138,19 @@ class InputNoise(Callback):
         learner.batch["x"] = x + self.scale * self.std.view(-1, 1, 1, 1) * noise
 
 # %% ../nbs/02_train.ipynb #fab64446
+def unrolling(
+    emulator: Emulator,
+    settings: LoopConfig,  # with `unroll` and `unroll_start`
+    dataset: FrameDataset,  # for training
+) -> Unroll:
+    "Training through several steps, where it is asked for and possible."
+    steps = settings.unroll
+    if steps > 1 and not can_roll(emulator):
+        note("unrolled training needs input_step = target_step; training on single steps")
+        steps = 1
+    return Unroll(dataset, steps, settings.unroll_start, emulator.out_frames)
+
+
 def past_one_step(
     emulator: Emulator,
     settings: TrainingConfig,
@@ -145,12 +158,8 @@ def past_one_step(
     seed: int,  # of the noise
 ) -> list[Callback]:
     "Unrolling and input noise, where they are asked for and possible."
-    steps, scale = settings.unroll, settings.input_noise
-    if steps > 1 and not can_roll(emulator):
-        note("unrolled training needs input_step = target_step; training on single steps")
-        steps = 1
-    unroll = Unroll(batches.dataset, steps, settings.unroll_start, emulator.out_frames)
-    return [unroll, InputNoise(scale, emulator.deviations, seed)] if scale else [unroll]
+    unroll, scale = unrolling(emulator, settings, batches.dataset), settings.input_noise
+    return [unroll, InputNoise(scale, emulator.physical.std, seed)] if scale else [unroll]
 
 # %% ../nbs/02_train.ipynb #d8c107d0
 HIGHER = {"rollout_acc", "horizon"}  # of the metrics to monitor, those where more is better

@@ -20,7 +20,9 @@ from ..lab.config import Config, LabError, hint, named_file
 from ..lab.learner import Callback, Learner
 from ..lab.runs import Run
 from ..lab.training import LoopConfig, fit
+from ..latent.generative import build_drawing
 from ..model import Emulator, ModelConfig, create_model, emulator_state, load_emulator, settings_of
+from ..train import unrolling
 
 # %% ../../nbs/14_flow.ipynb #0cf8218f
 class FlowConfig(LoopConfig):
@@ -34,6 +36,8 @@ class FlowConfig(LoopConfig):
     equal: float = Field(0.5, ge=0, le=1)  # MeanFlow: the share of samples with r = t
     power: float = Field(0.5, ge=0)  # MeanFlow: of the weight of the loss
     members: int = Field(2, ge=2)  # CRPS: of the ensemble that is trained
+    unroll: int = Field(1, ge=1)  # CRPS: steps of their own that the members are trained through …
+    unroll_start: float = Field(0.6, ge=0, le=1)  # … after this fraction of the epochs
     label_dropout: float = Field(0.0, ge=0, lt=1)  # the share of samples that are not told their regime
     guidance: float = 1.0  # of what is drawn; other values need label_dropout
     solver: str = "euler"  # of flow matching
@@ -82,6 +86,8 @@ def _impossible(flow: FlowConfig, model: ModelConfig | None, pictures: bool) -> 
         yield f"guidance = {flow.guidance:g} needs a model that was sometimes not told its regime: set label_dropout"
     if flow.compile and "meanflow" in flow.method:
         yield "compile = true: MeanFlow's derivative does not go through compiled code; leave compile out"
+    if flow.unroll > 1 and flow.method != "crps":
+        yield f"unroll = {flow.unroll}: only the members of CRPS go steps of their own in training: leave it out, or set method"
     if flow.samplers and flow.method == "crps":
         yield "samplers: a model taught by CRPS draws in one evaluation, whatever the sampler"
 
@@ -115,10 +121,13 @@ def build_generative(
     "The emulator of [model] and [flow]."
     model, flow = run.config.section("model"), run.config.section("flow")
     scale = None if about is None else left_over(about, dataset, device=run.device).cpu()
-    kept = settings_of(model) | dict(step=dataset.step, input_step=dataset.input_step)
-    emulator = Generative(
-        create_model(**model.model_dump()), statistics(dataset), around=about, scale=scale, **flow.how, **kept,
-    ).to(run.device)
+    how = dict(around=about, scale=scale, **flow.how)
+    if model.coder is None:
+        kept = settings_of(model) | dict(step=dataset.step, input_step=dataset.input_step)
+        emulator = Generative(create_model(**model.model_dump()), statistics(dataset), **how, **kept)
+    else:
+        emulator = build_drawing(model, dataset, **how)
+    emulator = emulator.to(run.device)
     if flow.method == "crps":
         measure_levels(emulator, dataset)
     return emulator
@@ -129,7 +138,7 @@ def with_sampler(emulator: Generative, words: str) -> Generative:
     state = emulator_state(emulator)
     solver, steps = read_sampler(words)
     state["generative"] |= {"solver": solver, "steps": steps}
-    return Generative.from_state(state, "the emulator")
+    return type(emulator).from_state(state, "the emulator")
 
 # %% ../../nbs/14_flow.ipynb #ffd2d660
 def train_flow(
@@ -151,7 +160,7 @@ def train_flow(
     learner = fit(
         run, emulator, drawn_losses, batches, validation, lambda: emulator_state(emulator), flow,
         monitor=flow.monitor or "crps", identity=Identity("best", "generative", parent=flow.around),
-        callbacks=[Draws(emulator, seed, **how), *callbacks], weights=emulator.network, show=["validation_loss", "spread_skill"],
+        callbacks=[unrolling(emulator, flow, train_set), Draws(emulator, seed, **how), *callbacks], weights=emulator.network, show=["validation_loss", "spread_skill"],
     )
     keep_samplers(run, flow.samplers)
     return learner, validation

@@ -28,14 +28,15 @@ def draws_for(
     *,
     equal: float = 0.5,  # MeanFlow: the share of samples with r = t
     members: int = 2,  # CRPS: of an ensemble
+    leads: int = 1,  # CRPS: the steps that each member goes
     **times,  # `kind`, `mean`, `std` of `draw_times`
 ) -> dict[str, Tensor]:  # e, r, t, and told where some are told nothing
     "The draws of a batch."
-    B, like = len(x), x[:, :, :1].shape
+    B, like = len(x), emulator.drawn_for(x).shape
     how = dict(generator=generator, device=x.device)
     normal = lambda *shape: torch.randn(*shape, **how, dtype=x.dtype)
     if emulator.method == "crps":
-        found = {"e": normal(members, *like), "r": x.new_zeros(B), "t": x.new_ones(B)}
+        found = {"e": normal(members, *like[:2], leads, *like[3:]), "r": x.new_zeros(B), "t": x.new_ones(B)}
     else:
         r, t = draw_pairs(B, equal, **how, **times) if "meanflow" in emulator.method else 2 * [draw_times(B, **how, **times)]
         found = {"e": normal(*like), "r": r.to(x.dtype), "t": t.to(x.dtype)}
@@ -54,9 +55,10 @@ class Draws(Callback):
 
     def before_batch(self, learner: Learner) -> None:
         "Draw."
-        x = learner.batch["x"]
+        x, y = learner.batch["x"], learner.batch.get("y")
+        leads = 1 if y is None or y.ndim < 5 else y.shape[2]
         generator = step_generator(self.seed, learner.step, x.device)
-        learner.batch |= draws_for(self.emulator, x, generator, **self.how)
+        learner.batch |= draws_for(self.emulator, x, generator, leads=leads, **self.how)
 
 # %% ../../nbs/flow/05_teaching.ipynb #64f02bc8
 @torch.no_grad()
@@ -69,8 +71,7 @@ def rest(
     "What an emulator leaves over after one step."
     batch = samples_of(dataset, count, 1, device)
     pieces = zip(batch["x"].split(32), batch["cond"].split(32), batch["y"].split(32))
-    normal = around.normaliser.normalise
-    return torch.cat([normal(y) - around.predict(normal(x), cond) for x, cond, y in pieces])
+    return torch.cat([around.seen(y) - around.predict(around.seen(x), cond) for x, cond, y in pieces])
 
 
 def left_over(around: Emulator, dataset: FrameDataset, count: int = 256, device: str | torch.device = "cpu") -> Tensor:  # (C,)
@@ -82,11 +83,12 @@ def left_over(around: Emulator, dataset: FrameDataset, count: int = 256, device:
 def measure_levels(emulator: Generative, dataset: FrameDataset, count: int = 256) -> None:
     "Set the sizes by which CRPS weighs what it looks at: those of what is drawn."
     if emulator.around is None:
-        drawn = emulator.normaliser.normalise(samples_of(dataset, count, 1, emulator.levels.device)["y"])
+        drawn = emulator.seen(samples_of(dataset, count, 1, emulator.levels.device)["y"])
     else:
         drawn = rest(emulator.around, dataset, count, emulator.levels.device)
     emulator.levels.fill_(1.0)
-    emulator.levels.copy_(torch.stack([emulator.seen_at(n)(drawn).std() for n in range(3)]))
+    sizes = torch.cat([emulator.in_bands(some).square().mean((1, 3, 4)) for some in drawn.split(32)]).mean(0).sqrt()
+    emulator.levels.copy_(sizes.where(sizes > 1e-5 * sizes.max(), torch.inf))  # a band that is cut off counts nothing
 
 # %% ../../nbs/flow/05_teaching.ipynb #1e6c1a11
 class EnsembleValidation(Validation):
@@ -113,19 +115,20 @@ def one_step(self: EnsembleValidation, emulator: Generative) -> float:
 
 
 def small_scales(
-    uv: Tensor,  # velocities (…, 2, N, N)
+    frames: Tensor,  # velocities (…, 2, N, N), or vorticity (…, 1, N, N)
     cutoff: float,  # the shortest wave that is kept, over N/2
 ) -> Tensor:
     "Enstrophy in the shortest third of the waves that are kept."
-    g = Grid.of(uv)
-    longest = min(cutoff, 1.0) * uv.shape[-1] / 2
+    g = Grid.of(frames)
+    longest = min(cutoff, 1.0) * frames.shape[-1] / 2
     band = (g.k2 > (2 / 3 * longest) ** 2) & (g.k2 <= longest**2)
-    return g.inverse(g.transform(g.vorticity(uv)) * band).square().mean((-2, -1))
+    omega = g.vorticity(frames) if frames.shape[-3] == 2 else frames[..., 0, :, :]
+    return g.inverse(g.transform(omega) * band).square().mean((-2, -1))
 
 
 def bounded(emulator: Generative, frames: Tensor) -> Tensor:  # (n, C, N, N)
     "Physical frames in normalised units, within ten deviations also where a rollout has blown up."
-    z = emulator.normaliser.normalise(frames[:, :, None])[:, :, 0].cpu()
+    z = emulator.physical.normalise(frames[:, :, None])[:, :, 0].cpu()
     return z.nan_to_num(10.0, 10.0, -10.0).clamp(-10, 10)
 
 
@@ -162,7 +165,7 @@ def skill(self: EnsembleValidation, emulator: Generative) -> dict[str, float]:
     if can_roll(emulator):
         scores = self.ensembles(emulator)
         worst = 10.0  # of an ensemble that has blown up
-        crps = (scores["crps"] / emulator.normaliser.std[0]).nan_to_num(worst, posinf=worst).clamp(max=worst)
+        crps = (scores["crps"] / emulator.physical.std[0]).nan_to_num(worst, posinf=worst).clamp(max=worst)
         ratio = spread_skill_ratio(scores["spread"], scores["skill"], self.members).mean()
         found |= {"crps": crps.mean().item(), "spread_skill": ratio.nan_to_num(0.0).item()}
         plain = ("small_scales", "energy_distance", "frechet_distance")
