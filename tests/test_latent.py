@@ -46,7 +46,7 @@ def config(home: Path, name: str, **latent) -> Path:
     return path
 
 
-@pytest.mark.parametrize("how", [{}, {"variational": False, "bound": 4.0}, {"fields": ["u", "v"], "num_frames": 2, "levels": [[2, 12], [4, 9]], "drop": 0.5}])
+@pytest.mark.parametrize("how", [{}, {"variational": False, "bound": 4.0}, {"fields": ["u", "v"], "num_frames": 2, "levels": [[2, 12], [4, 9]], "drop": 0.5}, {"spectral_norm": True}])
 def test_a_stop_in_mid_epoch_changes_no_bit(home, how):
     how = how | {"ema": 0.9}
     train_latent(whole := open_run(config(home, "whole", **how), "latent"))

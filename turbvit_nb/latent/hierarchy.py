@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from ..lab.config import LabError
 from ..layers.convolution import CircularConv, ResidualBlock, downsample, upsample
@@ -206,9 +207,11 @@ class Hierarchy(nn.Module):
         levels: Sequence[tuple[int, int]],  # (side, channels) of each code, coarsest first, sides doubling
         width: int = 32,  # channels on the grid of half the points, doubled at each halving
         first_log_scale: float = -2.3,  # ln s of a posterior before training
+        spectral_norm: bool = False,  # whether each convolution is divided by its largest singular value
     ):
         super().__init__()
-        self.config = dict(img_size=img_size, channels=channels, levels=[list(level) for level in levels], width=width, first_log_scale=first_log_scale)
+        self.config = dict(img_size=img_size, channels=channels, levels=[list(level) for level in levels], width=width)
+        self.config |= dict(first_log_scale=first_log_scale, spectral_norm=spectral_norm)
         self.anchor, self.levels = Anchor(img_size, channels, levels), [tuple(level) for level in levels]
         sides = [img_size // 2]
         while sides[-1] > self.levels[0][0]:
@@ -229,6 +232,9 @@ class Hierarchy(nn.Module):
         for last in (*self.posterior.values(), *self.prior.values(), self.output):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+        inner = (self.stem, self.up, self.shrink, self.taken, self.down, self.grow) if spectral_norm else ()
+        for layer in (layer for part in inner for layer in part.modules() if isinstance(layer, nn.Conv2d)):
+            parametrizations.spectral_norm(layer)
 
 # %% ../../nbs/latent/01_hierarchy.ipynb #6eaa25fc
 @patch
