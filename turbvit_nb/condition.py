@@ -45,8 +45,8 @@ class ConditionConfig(LoopConfig):
         if not config.has("arrays"):
             raise LabError(f"[{name}] needs a section [arrays]: which solutions?")
         arrays = config.section("arrays")
-        if self.stem == "mlp" and arrays.pictures:
-            raise LabError(f"{name}.stem = mlp is of parameters: set cnn or vit for arrays.pictures")
+        if self.stem == "mlp" and arrays.told_by_pictures:
+            raise LabError(f"{name}.stem = mlp is of parameters: set cnn or vit for pictures")
         if self.coder == "pod" and not config.has("surrogate"):
             raise LabError(f"{name}.coder = pod needs a section [surrogate] that says how many numbers: surrogate.codes")
         if self.mixup and self.mode == "conditioner":

@@ -43,9 +43,10 @@ def nearest(p: Tensor, z: Tensor, new: Tensor) -> Tensor:
 
 
 def radial(p: Tensor, z: Tensor, new: Tensor) -> Tensor:
-    "Radial basis functions through all known codes."
+    "Radial basis functions through all known codes: thin plates, or distances themselves where a plane through all would take more solutions than there are."
+    way = {} if p.shape[1] + 1 < len(p) else dict(kernel="linear", degree=0)
     try:
-        found = RBFInterpolator(p.double().numpy(), z.double().numpy())(new.double().numpy())
+        found = RBFInterpolator(p.double().numpy(), z.double().numpy(), **way)(new.double().numpy())
     except (ValueError, np.linalg.LinAlgError) as error:
         raise LabError(f"{len(p)} solutions for {p.shape[1]} parameters are too few, or too much alike, for radial basis functions ({error})") from None
     return torch.from_numpy(found).to(z)
@@ -54,7 +55,8 @@ def radial(p: Tensor, z: Tensor, new: Tensor) -> Tensor:
 def gaussian_process(p: Tensor, z: Tensor, new: Tensor) -> Tensor:
     "The means of Gaussian processes, one for each number of the code."
     p, new, columns = p.double().numpy(), new.double().numpy(), z.double().numpy().T
-    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(np.ones(p.shape[1]), (0.05, 20.0), nu=2.5) + WhiteKernel(1e-4, (1e-8, 1.0))
+    length = np.ones(p.shape[1]) if p.shape[1] <= 20 else p.shape[1] ** 0.5  # a picture has more points than lengths can be found
+    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(length, (0.05 * np.max(length), 20 * np.max(length)), nu=2.5) + WhiteKernel(1e-4, (1e-8, 1.0))
     process = lambda: GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a length at the edge of its range is a parameter that does not matter
