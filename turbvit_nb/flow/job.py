@@ -43,6 +43,7 @@ class FlowConfig(LoopConfig):
     solver: str = "euler"  # of flow matching
     steps: int = Field(1, ge=1)  # of the solver; jumps of MeanFlow
     samplers: list[str] = []  # further checkpoints with other samplers: ["midpoint 2", "euler 8"]
+    whiten: bool = True  # draw each band of wavenumbers of a flow in units of its own size, not each field
     around: str | None = None  # checkpoint of a deterministic emulator: only what it leaves over is drawn
     augment: bool = True  # apply the exact symmetries of the flow
     rollout_steps: int = Field(20, ge=1)  # length of the validation rollouts
@@ -121,14 +122,14 @@ def build_generative(
     "The emulator of [model] and [flow]."
     model, flow = run.config.section("model"), run.config.section("flow")
     scale = None if about is None else left_over(about, dataset, device=run.device).cpu()
-    how = dict(around=about, scale=scale, **flow.how)
+    how = dict(around=about, scale=scale, whiten=flow.whiten, **flow.how)
     if model.coder is None:
         kept = settings_of(model) | dict(step=dataset.step, input_step=dataset.input_step)
         emulator = Generative(create_model(**model.model_dump()), statistics(dataset), **how, **kept)
     else:
         emulator = build_drawing(model, dataset, **how)
     emulator = emulator.to(run.device)
-    if flow.method == "crps":
+    if flow.method == "crps" or flow.whiten:
         measure_levels(emulator, dataset)
     return emulator
 

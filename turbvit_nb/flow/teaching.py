@@ -81,11 +81,10 @@ def left_over(around: Emulator, dataset: FrameDataset, count: int = 256, device:
 
 @torch.no_grad()
 def measure_levels(emulator: Generative, dataset: FrameDataset, count: int = 256) -> None:
-    "Set the sizes by which CRPS weighs what it looks at: those of what is drawn."
-    if emulator.around is None:
-        drawn = emulator.seen(samples_of(dataset, count, 1, emulator.levels.device)["y"])
-    else:
-        drawn = rest(emulator.around, dataset, count, emulator.levels.device)
+    "Set the sizes of the bands of wavenumbers of what is drawn."
+    batch = samples_of(dataset, count, 1, emulator.levels.device)
+    pieces = zip(batch["x"].split(32), batch["cond"].split(32), batch["y"].split(32))
+    drawn = torch.cat([emulator.seen(y) - emulator.origin(emulator.seen(x), cond) for x, cond, y in pieces])
     emulator.levels.fill_(1.0)
     sizes = torch.cat([emulator.in_bands(some).square().mean((1, 3, 4)) for some in drawn.split(32)]).mean(0).sqrt()
     emulator.levels.copy_(sizes.where(sizes > 1e-5 * sizes.max(), torch.inf))  # a band that is cut off counts nothing

@@ -52,7 +52,8 @@ def method_of(entry: Entry) -> str:
         return "squared error, starts perturbed"
     told = entry.setting.get("flow", {})
     about = " about the mean" if told.get("around") else ""
-    return METHODS.get(told.get("method"), "drawn") + about
+    whitened = ", whitened" if told.get("whiten") else ""
+    return METHODS.get(told.get("method"), "drawn") + about + whitened
 
 
 @dataclass(frozen=True)
