@@ -191,6 +191,20 @@ def origin(
 
 
 @patch
+def size_of_waves(self: Generative, like: Tensor) -> Tensor:  # (N, N//2 + 1)
+    "The size of each wave of what is drawn over that of white noise: from band to band a power of |k|, and nothing where nothing is drawn."
+    masks, k2, drawn = band_masks(like), grid(like.shape[-1], like.device, like.dtype).k2, ~self.levels.isinf()
+    if not drawn.any():
+        return torch.zeros_like(k2)
+    size = (self.levels / white_bands(like)).to(k2).log()
+    size = size.where(drawn, size[drawn].min())
+    place = (k2.clamp(min=1).log2() - 3.5).clamp(0, len(size) - 1)  # of |k| among the bands' middles, 4 · 2^(i/2 − 1/4)
+    below = place.floor().long().clamp(max=max(len(size) - 2, 0))
+    above = (below + 1).clamp(max=len(size) - 1)
+    return torch.lerp(size[below], size[above], place - below).exp() * masks[drawn].any(0)
+
+
+@patch
 def sized(
     self: Generative,
     field: Tensor,  # (…, C, 1, N, N)
@@ -198,8 +212,8 @@ def sized(
 ) -> Tensor:
     "A field of order one in normalised units."
     if self.whiten:
-        size = torch.where(self.levels.isinf(), 0.0, self.levels / white_bands(field))
-        return by_band(field, torch.where(size > 0, 1 / size, 0.0) if back else size)
+        g, size = grid(field.shape[-1], field.device, field.dtype), self.size_of_waves(field)
+        return g.inverse(g.transform(field) * (torch.where(size > 0, 1 / size, 0.0) if back else size))
     size = self.scale
     if self.around is None and self.target == "increment":
         size = self.normaliser.increment_std / self.normaliser.std
