@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['METHODS', 'is_ensemble', 'step_of', 'evaluations', 'method_of', 'Arm', 'arms_of', 'common_times', 'crps_at',
            'mean_acc_at', 'reliability', 'small_scales', 'enstrophy_bias', 'spectral_distance', 'per_time_unit',
-           'arm_rows', 'cost_figure', 'known_levels', 'steps_figure', 'against', 'step_findings']
+           'arm_rows', 'lines_of', 'cost_figure', 'known_levels', 'steps_figure', 'against', 'step_findings']
 
 # %% ../../nbs/study/16_steps.ipynb #e6c63430
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import holoviews as hv
 import numpy as np
@@ -152,6 +153,17 @@ def arm_rows(
     return Table(rows, f"Steps, leads and costs in time units of the flow; smallest scales: enstrophy over the truth's{last}")
 
 # %% ../../nbs/study/16_steps.ipynb #426f3d03
+def lines_of(arms: Sequence[Arm]) -> dict[str, dict[str, Arm]]:
+    "Arms by what is one line in a figure, and what each point is: the step; of a method with one step, the evaluations."
+    steps, found = {}, {}
+    for arm in arms:
+        steps.setdefault(arm.method, set()).add(arm.step)
+    for arm in sorted(arms, key=lambda arm: (arm.step, arm.evaluations)):
+        one = len(steps[arm.method]) == 1
+        found.setdefault(arm.method if one else arm.curve, {})[f"{arm.evaluations}×" if one else f"{arm.step:g}"] = arm
+    return {name: found[name] for name in dict.fromkeys(name for arm in arms for name in (arm.curve, arm.method)) if name in found}
+
+
 def cost_figure(
     arms: Sequence[Arm],
     measure: Callable[[Entry], float],
@@ -161,18 +173,18 @@ def cost_figure(
     levels: Mapping[str, float] = {},  # name: a value that all are compared with
     **axes,
 ) -> hv.Overlay:
-    "A number against the cost of a time unit, a curve for each method, its points the steps; bars are intervals over seeds."
-    names, parts = list(dict.fromkeys(arm.curve for arm in arms)), []
-    style, small = looks(names), {"size": 7, "color": "#555555", "horizontalalignment": "left", "verticalalignment": "bottom"}
-    for name in names:
-        mine = sorted((arm for arm in arms if arm.curve == name), key=lambda arm: arm.step)
-        at = {arm.step: (cost(arm), *arm.of(measure)) for arm in mine if math.isfinite(arm.of(measure)[0])}
+    "A number against the cost of a time unit, a curve for each way to be taught (see `lines_of`); bars are intervals over seeds."
+    lines, parts = lines_of(arms), []
+    style, small = looks(list(lines)), {"size": 7, "color": "#555555", "horizontalalignment": "left", "verticalalignment": "bottom"}
+    for (name, mine), marker in zip(lines.items(), cycle("osD^vP*X<>")):
+        at = {told: (cost(arm), *arm.of(measure)) for told, arm in mine.items() if math.isfinite(arm.of(measure)[0])}
         points = [(x, middle) for x, middle, *_ in at.values()]
-        parts.append(hv.Curve(points, "x", "y", label=name).opts(**style[name]))
-        parts.append(hv.Scatter(points, "x", "y").opts(color=style[name]["color"], s=16))
+        parts.append(hv.Curve(points, "x", "y").opts(color=style[name]["color"], linewidth=1))
+        parts.append(hv.Scatter(points, "x", "y", label=name).opts(color=style[name]["color"], marker=marker, s=28))
         parts += [hv.Path([[(x, low), (x, high)]], ["x", "y"]).opts(color=style[name]["color"], linewidth=1)
                   for x, _, low, high in at.values() if math.isfinite(low + high)]
-        parts += [hv.Labels([(x, middle, f" {step:g}")], ["x", "y"], "step").opts(**small) for step, (x, middle, *_) in at.items()]
+        if len(at) > 1:
+            parts += [hv.Labels([(x, middle, f" {told}")], ["x", "y"], "step").opts(**small) for told, (x, middle, *_) in at.items()]
     left = min(cost(arm) for arm in arms)
     for name, value in levels.items():
         parts.append(hv.HLine(value).opts(color="#777777", linestyle="dotted", linewidth=1))
