@@ -132,9 +132,8 @@ def band_masks(like: Tensor) -> Tensor:  # (bands, N, N//2 + 1)
 
 def white_bands(like: Tensor) -> Tensor:  # (bands,)
     "The size of white noise of variance one in each band."
-    g, point = grid(like.shape[-1], like.device, like.dtype), like.new_zeros(like.shape[-2:])
-    point[0, 0] = like.shape[-1]  # has as much of every wave
-    return g.inverse(g.transform(point) * band_masks(like)).square().mean((-2, -1)).sqrt()
+    g = grid(like.shape[-1], like.device, like.dtype)
+    return (g.weights * band_masks(like)).sum((-2, -1)).sqrt() / g.NX
 
 
 def by_band(field: Tensor, gain: Tensor) -> Tensor:

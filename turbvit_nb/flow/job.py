@@ -9,6 +9,7 @@ __all__ = ['FlowConfig', 'read_sampler', 'drawn_about', 'build_generative', 'wit
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from fastcore.basics import patch
 from pydantic import Field
 
 from ..datasets import FrameDataset, climatology, statistics, training_batches, training_sets
@@ -63,15 +64,6 @@ class FlowConfig(LoopConfig):
         same = ("method", "path", "solver", "steps", "power", "guidance")
         return {name: getattr(self, name) for name in same} | {"dropped": self.label_dropout}
 
-    def check(self, config: Config, name: str) -> None:
-        "Raise `LabError`, one line, where the section asks for what cannot be done."
-        for message in _impossible(self, config.sections.get("model"), config.has("images")):
-            raise LabError(f"{name}: {message}")
-        for sampler in [f"{self.solver} {self.steps}", *self.samplers]:
-            read_sampler(sampler)
-        if path := named_file(self.around):
-            load_emulator(path)
-
 # %% ../../nbs/14_flow.ipynb #6fea42ec
 _DISTANCES = ("energy_distance", "frechet_distance", "validation_loss")
 _MONITORS = {False: ("crps", "rollout_vrmse", *_DISTANCES), True: _DISTANCES}
@@ -102,6 +94,17 @@ def read_sampler(
         raise LabError(f"sampler {words!r}: give a solver and a number of steps, like 'midpoint 2'" + hint(solver, METHODS))
     evaluations(solver, int(steps))
     return solver, int(steps)
+
+
+@patch
+def check(self: FlowConfig, config: Config, name: str) -> None:
+    "Raise `LabError`, one line, where the section asks for what cannot be done."
+    for message in _impossible(self, config.sections.get("model"), config.has("images")):
+        raise LabError(f"{name}: {message}")
+    for sampler in [f"{self.solver} {self.steps}", *self.samplers]:
+        read_sampler(sampler)
+    if path := named_file(self.around):
+        load_emulator(path)
 
 # %% ../../nbs/14_flow.ipynb #18a2207a
 def drawn_about(run: Run) -> Emulator | None:

@@ -6,6 +6,8 @@
 __all__ = ['draws_for', 'Draws', 'rest', 'left_over', 'measure_levels', 'EnsembleValidation', 'small_scales', 'bounded']
 
 # %% ../../nbs/flow/05_teaching.ipynb #112a0122
+from collections.abc import Callable
+
 import torch
 from fastcore.basics import patch
 from torch import Generator, Tensor
@@ -63,28 +65,27 @@ class Draws(Callback):
 # %% ../../nbs/flow/05_teaching.ipynb #64f02bc8
 @torch.no_grad()
 def rest(
-    around: Emulator,  # deterministic
+    seen: Callable[[Tensor], Tensor],  # of an emulator: physical frames to normalised ones
+    said: Callable[[Tensor, Tensor], Tensor],  # of normalised frames and flow parameters
     dataset: FrameDataset,  # for training
     count: int = 256,  # samples
     device: str | torch.device = "cpu",
 ) -> Tensor:  # (n, C, 1, N, N), normalised
-    "What an emulator leaves over after one step."
+    "What frames are, one step later, beyond what is said of them."
     batch = samples_of(dataset, count, 1, device)
     pieces = zip(batch["x"].split(32), batch["cond"].split(32), batch["y"].split(32))
-    return torch.cat([around.seen(y) - around.predict(around.seen(x), cond) for x, cond, y in pieces])
+    return torch.cat([seen(y) - said(seen(x), cond) for x, cond, y in pieces])
 
 
 def left_over(around: Emulator, dataset: FrameDataset, count: int = 256, device: str | torch.device = "cpu") -> Tensor:  # (C,)
-    "The standard deviation of the `rest`, per field."
-    return rest(around, dataset, count, device).square().mean((0, 2, 3, 4)).sqrt()
+    "The standard deviation of what an emulator leaves over after one step, per field."
+    return rest(around.seen, around.predict, dataset, count, device).square().mean((0, 2, 3, 4)).sqrt()
 
 
 @torch.no_grad()
 def measure_levels(emulator: Generative, dataset: FrameDataset, count: int = 256) -> None:
     "Set the sizes of the bands of wavenumbers of what is drawn."
-    batch = samples_of(dataset, count, 1, emulator.levels.device)
-    pieces = zip(batch["x"].split(32), batch["cond"].split(32), batch["y"].split(32))
-    drawn = torch.cat([emulator.seen(y) - emulator.origin(emulator.seen(x), cond) for x, cond, y in pieces])
+    drawn = rest(emulator.seen, emulator.origin, dataset, count, emulator.levels.device)
     emulator.levels.fill_(1.0)
     sizes = torch.cat([emulator.in_bands(some).square().mean((1, 3, 4)) for some in drawn.split(32)]).mean(0).sqrt()
     emulator.levels.copy_(sizes.where(sizes > 1e-5 * sizes.max(), torch.inf))  # a band that is cut off counts nothing

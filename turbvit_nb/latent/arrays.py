@@ -10,6 +10,7 @@ __all__ = ['TIMES', 'PROBLEMS', 'pulse', 'wake', 'plate', 'climate', 'vortices',
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -101,6 +102,7 @@ PROBLEMS = {  # name: solution, and the range of each parameter
 }
 
 
+@lru_cache(maxsize=1)  # a job asks for the same twice, and a flow takes a minute
 def problem(name: str, count: int = 80, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
     "Solutions (P, T, n), parameters (P, k) that fill their ranges evenly, and the names of these; of vortices, pictures (P, 1, N, N) and no names."
     if name == "vortices":

@@ -103,7 +103,8 @@ def begin(self: LatentEmulator, x: Tensor, cond: Tensor | None = None, generator
 def advance(self: LatentEmulator, state: State, cond: Tensor | None = None, generator: Generator | None = None) -> State:
     "One step later, in codes."
     z = self.follow(state["z"], state["new"]) if "new" in state else state["z"]
-    return {"z": z, "new": self.predict(z, cond)}
+    drawn = {"generator": generator} if self.stochastic else {}
+    return {"z": z, "new": self.predict(z, cond, **drawn)}
 
 
 @patch

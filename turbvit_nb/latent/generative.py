@@ -9,11 +9,10 @@ __all__ = ['LatentGenerative', 'same_codes', 'build_drawing']
 from typing import Any
 
 import torch
-from fastcore.basics import patch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from ..datasets import FrameDataset
-from ..emulators.kinds import State, register
+from ..emulators.kinds import register
 from ..flow.generative import Generative
 from ..lab.config import LabError
 from .emulator import LatentEmulator, latent_parts
@@ -48,12 +47,6 @@ def same_codes(one: LatentEmulator, other: Emulator) -> bool:
     mine, theirs = ({**e.coder.state_dict(), **e.normaliser.state_dict(prefix="coarse.")} for e in (one, other))
     return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
-
-@patch
-def advance(self: LatentGenerative, state: State, cond: Tensor | None = None, generator: Generator | None = None) -> State:
-    "One step later, in codes."
-    z = self.follow(state["z"], state["new"]) if "new" in state else state["z"]
-    return {"z": z, "new": self.predict(z, cond, generator)}
 
 # %% ../../nbs/latent/07_generative.ipynb #dd9852eb
 def build_drawing(

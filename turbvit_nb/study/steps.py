@@ -158,10 +158,10 @@ def lines_of(arms: Sequence[Arm]) -> dict[str, dict[str, Arm]]:
     steps, found = {}, {}
     for arm in arms:
         steps.setdefault(arm.method, set()).add(arm.step)
-    for arm in sorted(arms, key=lambda arm: (arm.step, arm.evaluations)):
+    for arm in sorted(arms, key=lambda arm: (list(steps).index(arm.method), arm.evaluations, arm.step)):
         one = len(steps[arm.method]) == 1
         found.setdefault(arm.method if one else arm.curve, {})[f"{arm.evaluations}×" if one else f"{arm.step:g}"] = arm
-    return {name: found[name] for name in dict.fromkeys(name for arm in arms for name in (arm.curve, arm.method)) if name in found}
+    return found
 
 
 def cost_figure(
