@@ -23,7 +23,7 @@ demo: setup ## data, train, prune, roll out, analyse: minutes on two cores; resu
 	$(BIN)/turbvit demo
 
 test: setup notebooks-clean ## notebooks clean and exported, every notebook run, pytest
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python tools/notebooks.py
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 10 tests
 
 notebooks-clean: setup ## fail where nbdev_clean, nbdev_export or make readme would change a file

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
 from ..lab.progress import clock, note, progress
-from ..lab.runs import atomic, read_checkpoint, write_checkpoint
+from ..lab.runs import atomic, read_checkpoint, resolve_device, write_checkpoint
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
 from ..physics.solver import Solver, random_vorticity
 
@@ -47,6 +47,7 @@ class GenerateConfig(Section):
     scheme: Literal["exact", "py2d"] = "exact"
     store: Literal["packed", "tree"] = "packed"  # frames.h5, float32; or .mat files, float64
     allow_foreign: bool = False  # also into a data root that holds data of others
+    device: str = "cpu"  # that solves: "cuda", or "auto" for an accelerator where there is one
 
     @model_validator(mode="after")
     def _check(self):
@@ -78,8 +79,8 @@ def regime(
 
 
 def description(cfg: GenerateConfig) -> dict:
-    "What the data are, as plain values."
-    said = cfg.model_dump(mode="json", exclude={"data_dir", "allow_foreign"})
+    "What the data are, as plain values; where they are solved is left out."
+    said = cfg.model_dump(mode="json", exclude={"data_dir", "allow_foreign", "device"})
     return said | {"solve_NX": cfg.solve_NX if cfg.filtered else None}
 
 
@@ -97,7 +98,7 @@ def size_in_bytes(cfg: GenerateConfig) -> int:
 def _solver(cfg: GenerateConfig) -> Solver:
     "All trajectories at their initial conditions."
     omega0 = random_vorticity(cfg.regime().solved_NX, cfg.n_trajectories, cfg.seed)
-    return Solver(cfg.regime(), omega0, scheme=cfg.scheme, dt=cfg.dt)
+    return Solver(cfg.regime(), omega0.to(resolve_device(cfg.device)), scheme=cfg.scheme, dt=cfg.dt)
 
 
 def seconds_to_make(cfg: GenerateConfig) -> float:

@@ -42,7 +42,7 @@ class LatentGenerative(Generative, LatentEmulator):
 
 def same_codes(one: LatentEmulator, other: Emulator) -> bool:
     "Whether two emulators step in the same units of the codes of one coder."
-    if not isinstance(other, LatentEmulator):
+    if not hasattr(other, "coder"):
         return False
     mine, theirs = ({**e.coder.state_dict(), **e.normaliser.state_dict(prefix="coarse.")} for e in (one, other))
     return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
