@@ -112,7 +112,7 @@ def emulator_config(home: Path, coder: str, **model) -> Path:
         "validation_dataset": frames | {"frame_range": [[41, 61]]},
         "test_dataset": frames | {"frame_range": [[61, 81]]},
         "model": dict(img_size=16, patch_size=2, embed_dim=16, depth=1, num_heads=2, fields=["omega"], coder=coder) | model,
-        "training": dict(epochs=2, batch_size=8, rollout_steps=3, rollout_starts=2, precision="fp32", unroll=2, input_noise=0.01),
+        "training": dict(epochs=2, batch_size=8, rollout_steps=3, rollout_starts=2, precision="bf16", unroll=2, input_noise=0.01),
         "pruning": dict(importance_metric="l1", prune_schedule=[0.5], epoch_schedule=[1]),
         "finetuning": dict(batch_size=8, rollout_steps=3, rollout_starts=2, precision="fp32"),
         "inference": dict(checkpoints=["best"], inference_length=6, chunk_size=3, n_starts=2),

@@ -120,7 +120,7 @@ def _kept(self: Coder, codes: list[Tensor]) -> list[Tensor]:
 @patch
 def encode(self: Coder, x: Tensor) -> list[Tensor]:  # (B, c, s, s) each, coarsest first
     "The codes of frames (B, C, T, N, N): the means of their posteriors."
-    with evaluating(self):
+    with evaluating(self), torch.autocast(x.device.type, enabled=False):
         return self._kept(self.network.encode(self.stacked(x))[0])
 
 
@@ -137,7 +137,7 @@ def decode(
         told = f"a code of shape {wrong[0][0]}, wanted {wrong[0][1]}" if wrong else f"{len(codes)} codes, wanted {len(shapes)} at most"
         raise LabError(f"{told}: these codes are of another layout than the coder's")
     noise = None if generator is None else [torch.randn(shape, generator=generator).to(codes[0]) for shape in shapes]
-    with evaluating(self):
+    with evaluating(self), torch.autocast(codes[0].device.type, enabled=False):
         x = self.network.decode(codes, noise)
     return self.normaliser.denormalise(x.unflatten(1, (len(self.fields), self.num_frames)))
 

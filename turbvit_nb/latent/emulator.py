@@ -32,12 +32,14 @@ def _by_wavenumber(field: Tensor, power: float) -> Tensor:
 
 def to_coarse(coder: Coder, codes: Sequence[Tensor]) -> Tensor:  # (B, M, G, G)
     "Codes as one coarse field, in the norm of the energy where the coder's field is a vorticity."
-    return _by_wavenumber(coder.network.anchor.coarse(codes), -1.0 if coder.fields == ("omega",) else 0.0)
+    with torch.autocast(codes[0].device.type, enabled=False):
+        return _by_wavenumber(coder.network.anchor.coarse(codes), -1.0 if coder.fields == ("omega",) else 0.0)
 
 
 def from_coarse(coder: Coder, field: Tensor) -> list[Tensor]:
     "The inverse of `to_coarse`."
-    return coder.network.anchor.codes_in(_by_wavenumber(field, 1.0 if coder.fields == ("omega",) else 0.0))
+    with torch.autocast(field.device.type, enabled=False):
+        return coder.network.anchor.codes_in(_by_wavenumber(field, 1.0 if coder.fields == ("omega",) else 0.0))
 
 # %% ../../nbs/latent/03_emulator.ipynb #4bfe1cab
 @register("latent")
