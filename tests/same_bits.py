@@ -7,7 +7,7 @@ from turbvit_nb.lab.learner import Callback, Learner
 def equal(a: object, b: object) -> bool:
     "Bit for bit, through dicts and lists."
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):

@@ -12,7 +12,7 @@ from turbvit_nb.flow.generative import Generative, drawn_losses
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.flow.teaching import draws_for
 from turbvit_nb.inference import infer
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, resolve_device
 from turbvit_nb.latent.job import keep_latents, train_latent
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, create_model, load_emulator, rollout
 from turbvit_nb.short_analysis import short_analysis
@@ -20,6 +20,7 @@ from turbvit_nb.train import train
 
 DEVICE = os.environ.get("TURBVIT_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="no GPU")
+resolve_device("auto")  # as every job does: float32 is float32
 NETWORKS = {
     "ViT": dict(patch_size=8, embed_dim=64, depth=2, num_heads=4), "UNet": dict(base_channels=16, depth=2),
     "DiT": dict(patch_size=8, embed_dim=64, depth=2, num_heads=4), "ToldUNet": dict(base_channels=16, depth=2),

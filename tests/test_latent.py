@@ -62,12 +62,12 @@ def test_a_stop_in_mid_epoch_changes_no_bit(home, how):
 def test_training_beats_the_anchor_and_its_codes_give_the_frames_back(home):
     run = open_run(config(home, "better", epochs=30, lr=4e-3, validate_every=10, sigma=0.05), "latent")
     learner, validation = train_latent(run)
-    best = load_coder(run.checkpoints / "best.tar")
+    best = load_coder(run.checkpoints / "best.tar", run.device)
     untrained = build_coder(run, training_sets(run.config, ["omega"], 1)[0])
     mine, anchor = (validation.scores(coder) for coder in (best, untrained))
     assert mine["vrmse_omega"] < 0.95 * anchor["vrmse_omega"] and mine["validation_loss"] < anchor["validation_loss"]
     assert mine["nats_0"] > 0.5 and mine["vrmse_omega"] < mine["main_vrmse_omega"]
-    paths = keep_latents(run)
+    paths, best = keep_latents(run), best.cpu()
     with np.load(paths["train_dataset"]) as train, np.load(paths["validation_dataset"]) as kept:
         assert abs(train["code_0"].mean((0, 2, 3))).max() < 1e-3 and abs(train["code_1"].std((0, 2, 3)) - 1).max() < 1e-2
         codes = [torch.from_numpy(kept[f"code_{i}"] * kept[f"scale_{i}"] + kept[f"mean_{i}"]).float() for i in range(2)]

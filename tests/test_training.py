@@ -90,7 +90,7 @@ def home(tmp_path, monkeypatch):
 def straight(tmp_path_factory):
     "The folder of a job that nobody disturbed."
     home = tmp_path_factory.mktemp("straight")
-    (home / "straight.toml").write_text('output_dir = "straight"\nseed = 2\n')
+    (home / "straight.toml").write_text('output_dir = "straight"\nseed = 2\ndevice = "cpu"\n')
     code, errors = job(home, "straight.toml", "-1", "-")
     assert code == 0, errors
     return home / "runs" / "straight"
@@ -99,7 +99,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
 def test_what_is_no_emulator_resumes_to_the_same_bits(home, straight, how):
     "Killed between two batches of one step of the optimizer: step 21 is the fourth batch of the third epoch."
-    (home / "killed.toml").write_text('output_dir = "killed"\nseed = 2\n')
+    (home / "killed.toml").write_text('output_dir = "killed"\nseed = 2\ndevice = "cpu"\n')
     code, errors = job(home, "killed.toml", "22" if how == "SIGKILL" else "20", how)
     folder = home / "runs" / "killed"
     assert code != 0 and stages(folder)["squeeze"]["state"] == {"SIGKILL": "killed"}.get(how, "stopped")
@@ -145,7 +145,7 @@ def errors(model, batch):
 def small(home: Path, name: str, size: int = 16, losses=errors, callbacks=(), top: str = "", **keys) -> nn.Module:
     "A linear autoencoder, trained in `runs/<name>`."
     file = home / f"{name}.toml"
-    file.write_text(f'output_dir = "{name}"\n{top}')
+    file.write_text(f'output_dir = "{name}"\ndevice = "cpu"\n{top}')
     run = open_run(home / "runs" / name if (home / "runs" / name).exists() else file, "squeeze")
     model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))
     settings = LoopConfig(**dict(epochs=4, precision="fp32", batch_size=size) | keys)
@@ -193,7 +193,7 @@ def test_a_loss_may_keep_its_own_precision(home):
 
 def _toml(home: Path, name: str, top: str = "") -> Path:
     file = home / f"{name}.toml"
-    file.write_text(f'output_dir = "{name}"\n{top}')
+    file.write_text(f'output_dir = "{name}"\ndevice = "cpu"\n{top}')
     return file
 
 

@@ -99,7 +99,7 @@ def train_condition(
 
 
 def best_surrogate(run: Run) -> tuple[Surrogate, tuple[Solutions, Solutions, Solutions]]:
-    "The best surrogate of a run, in evaluation mode, and the solutions."
+    "The best surrogate of a run, in evaluation mode and where the solutions are, and the solutions."
     model, parts, mark = build_surrogate(run)
-    conditioner = load_conditioner(run.checkpoints / "condition_best.tar", mark, run.device)
-    return Surrogate(conditioner, model.coding, model.end_to_end).eval(), parts
+    conditioner = load_conditioner(run.checkpoints / "condition_best.tar", mark)
+    return Surrogate(conditioner, model.coding.cpu(), model.end_to_end).eval(), parts

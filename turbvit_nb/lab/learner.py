@@ -411,9 +411,9 @@ class EMA(Callback):
         self.decay, self.average = decay, None
 
     def before_fit(self, learner: Learner) -> None:
-        "Begin with the weights as they are, unless resumed."
-        if self.average is None:
-            self.average = _copied(learner.weights.state_dict())
+        "Begin with the weights as they are, unless resumed; the average is where they are."
+        now = learner.weights.state_dict()
+        self.average = _copied(now if self.average is None else {name: value.to(now[name].device) for name, value in self.average.items()})
 
     def load_state(self, state: dict) -> None:
         "Take back what `state` gave."

@@ -210,7 +210,8 @@ def seed_everything(seed: int) -> None:
 def resolve_device(
     name: str,  # "auto" or a torch device
 ) -> torch.device:  # one that exists here
-    "The device a config means; `auto` takes an accelerator where there is one. Raises `LabError`."
+    "The device a config means; `auto` takes an accelerator where there is one. There float32 is float32, in convolutions too. Raises `LabError`."
+    torch.backends.cudnn.allow_tf32 = False
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")

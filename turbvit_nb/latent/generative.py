@@ -45,7 +45,7 @@ def same_codes(one: LatentEmulator, other: Emulator) -> bool:
     if not hasattr(other, "coder"):
         return False
     mine, theirs = ({**e.coder.state_dict(), **e.normaliser.state_dict(prefix="coarse.")} for e in (one, other))
-    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    return mine.keys() == theirs.keys() and all(torch.equal(value.cpu(), theirs[name].cpu()) for name, value in mine.items())
 
 
 # %% ../../nbs/latent/07_generative.ipynb #dd9852eb
