@@ -1,4 +1,5 @@
 """Coders of frames as a job: the same bits after a stop, codes on file that give the frames back, better than its anchor, one line for a mistake."""
+import json
 import tomllib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from same_bits import StopSoon, equal
 from turbvit_nb.climate.rollouts import open_rollouts
+from turbvit_nb.compare import compare
 from turbvit_nb.datasets import training_sets
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.inference import infer
@@ -191,3 +193,21 @@ def test_a_coder_that_does_not_fit_is_one_line(home, model, told):
     run.close()
     with pytest.raises(LabError, match=told):
         train(open_run(emulator_config(home, **{"coder": "coder/checkpoints/best.tar"} | model), "train"))
+
+
+def test_coders_stand_beside_emulators_in_a_comparison(home):
+    "A coder has no analyses to miss; its errors, and those of linear codes, are those that its run measured."
+    _, validation = train_latent(run := open_run(config(home, "coder", epochs=1, variational=False), "latent"))
+    run.finish(numbers=64, pod_in_blocks_vrmse_omega=9.0, **validation.scores(load_coder(run.checkpoints / "best.tar", run.device)))
+    run.close()
+    train(run := open_run(emulator_config(home, "coder/checkpoints/best.tar"), "train"))
+    run.close()
+    short_analysis(run := open_run(run.path, "short_analysis"))
+    run.close()
+    path = home / "beside.toml"
+    path.write_text('output_dir = "beside"\n[compare]\nruns = ["coder", "stepping"]\nrounds = 0\nleads = [2]\n')
+    entries, missing, said = compare(run := open_run(path, "compare"))
+    told = json.loads((run.path / "comparison.json").read_text())
+    assert [entry.run for entry in entries] == ["stepping"] and not any("coder" in one for one in missing)
+    assert said[0].about == "codes" and "64 numbers" in said[0].sentence and said[0].mark == "good"
+    assert told["coders"][0]["POD in blocks"] == "9.000" and told["coders"][0]["kind"] == "autoencoder"

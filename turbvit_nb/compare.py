@@ -16,6 +16,7 @@ import xarray as xr
 
 from .lab.config import LabError
 from .lab.runs import Run, atomic
+from .study.coders import Coding, coder_findings, coder_table, codings
 from .study.costs import measure_latency
 from .study.differences import differences, pruning_costs
 from turbvit_nb.study.entries import (
@@ -79,11 +80,13 @@ def comparison_json(
     leads: Sequence[int],
     study: Study | None = None,  # what the entries say together
     batch_size: int = 1,  # samples that stepped at once where the latency was taken
+    coders: Sequence[Coding] = (),
 ) -> dict:
     "What comparison.json holds."
     few = featured(study) if study else entries
     together = {"study": study_json(study, said)} if study else {}
     together |= {"ensembles": arm_rows(arms, batch_size).rows} if (arms := arms_of(entries)) else {}
+    together |= {"coders": coder_table(coders).rows} if coders else {}
     about = lambda e: {"label": e.label, "run": e.run, "checkpoint": e.checkpoint}
     rows = [about(e) | row(e, leads, study_step(entries)) for e in entries]
     findings = [{"mark": part.mark, "about": part.about} for part in said]
@@ -110,16 +113,17 @@ def compare(
     folders: Mapping[str, Path] | None = None,  # name: folder of a run; default those of [compare]
 ) -> tuple[list[Entry], list[str], list[Finding]]:
     "The entries, what is missing, and the verdict; writes latency.json, comparison.nc and comparison.json."
-    settings = compare_settings(run)
-    entries, missing = gather(folders or compared_folders(run))
+    settings, folders = compare_settings(run), folders or compared_folders(run)
+    coders = codings(folders)
+    entries, missing = gather({name: folder for name, folder in folders.items() if name not in {one.run for one in coders}})
     if not entries:
         raise LabError(f"nothing to compare: {'; '.join(missing)}")
     if not run.scratch:
         measure_latency(run, entries, settings)
     study = study_of(run, entries)
-    said = step_findings(arms_of(entries)) + (study_findings(study) if study else [])
+    said = coder_findings(coders) + step_findings(arms_of(entries)) + (study_findings(study) if study else [])
     said += verdict(featured(study) if study else entries, missing)
-    told = comparison_json(entries, missing, said, settings.leads, study, settings.batch_size)
+    told = comparison_json(entries, missing, said, settings.leads, study, settings.batch_size, coders)
     with atomic(run.path / "comparison.json") as part:
         part.write_text(json.dumps(told, indent=1, ensure_ascii=False))
     with atomic(run.path / "comparison.nc") as part:

@@ -22,7 +22,7 @@ from ..lab.config import LabError
 from ..lab.learner import Learner
 from .arrays import Solutions, relative_errors
 from .coder import ERRORS, Coded, Error
-from .hierarchy import code_costs
+from .hierarchy import bounded, code_costs
 from ..physics.predictability import pod
 
 # %% ../../nbs/latent/05_trajectories.ipynb #260cfb73
@@ -132,7 +132,7 @@ def posteriors(self: TrajectoryCoder, series: Tensor) -> tuple[list[Tensor], lis
         seen.append(h.flatten(1))
     heads = [head(part).to(series.dtype).chunk(2, 1) for head, part in zip(self.posterior, seen[::-1])]
     means = [z + added for z, (added, _) in zip(self.linear.codes(series).split(self.sizes, 1), heads)]
-    return means, [self.first_log_scale + log_scale for _, log_scale in heads]
+    return means, [self.first_log_scale + bounded(log_scale) for _, log_scale in heads]
 
 
 @patch
@@ -148,8 +148,8 @@ def descend(
         z = codes[i] if i < len(codes) else None
         if i:
             h = F.interpolate(h, size=length, mode="linear")
-            priors.append(self.prior[i - 1](h.flatten(1)).to(codes[0].dtype).chunk(2, 1))
-            mean, log_scale = priors[-1]
+            mean, log_scale = self.prior[i - 1](h.flatten(1)).to(codes[0].dtype).chunk(2, 1)
+            priors.append((mean, log_scale := bounded(log_scale)))
             drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
             z = drawn if z is None else z if drop is None else torch.where((i < len(self.sizes) - drop)[:, None], z, drawn)
         taken.append(z)
