@@ -45,7 +45,7 @@ class LatentConfig(LoopConfig):
     drop: float = Field(0.0, ge=0, lt=1)  # the share of samples whose finer codes come from their priors in training
     augment: bool = True  # apply the exact symmetries of the flow
     samples: int = Field(256, ge=2)  # of the validation
-    monitor: Literal["vrmse_omega", "vrmse_u", "validation_loss"] = "vrmse_omega"  # decides which is best
+    monitor: Literal["vrmse_omega", "vrmse_u", "validation_loss"] | None = None  # decides which is best; None: where codes cost something the loss, which counts it
 
     def check(self, config: Config, name: str) -> None:
         "Raise `LabError`, one line, where the keys do not go together."
@@ -82,7 +82,7 @@ def train_latent(
     learner = fit(
         run, coder, coder_losses, training_batches(train_set, latent, seed, run.device),
         CoderValidation(validation_set, latent.samples, run.device), lambda: coder_state(coder), latent,
-        monitor=latent.monitor, identity=Identity("best", "latent", result=False), weights=coder.network,
+        monitor=latent.monitor or ("validation_loss" if latent.variational else "vrmse_omega"), identity=Identity("best", "latent", result=False), weights=coder.network,
         callbacks=[CoderDraws(coder, seed, latent.ramp, latent.drop), *callbacks], show=["validation_loss", "vrmse_u"],
     )
     return learner, CoderValidation(validation_set, latent.samples, run.device)

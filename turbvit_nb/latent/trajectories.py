@@ -22,7 +22,7 @@ from ..lab.config import LabError
 from ..lab.learner import Learner
 from .arrays import Solutions, relative_errors
 from .coder import ERRORS, Coded, Error
-from .hierarchy import bounded, code_costs
+from .hierarchy import code_costs, normal_of
 from ..physics.predictability import pod
 
 # %% ../../nbs/latent/05_trajectories.ipynb #260cfb73
@@ -130,9 +130,9 @@ def posteriors(self: TrajectoryCoder, series: Tensor) -> tuple[list[Tensor], lis
     for i, (layer, length) in enumerate(zip(self.up, self.lengths[::-1])):
         h = layer(F.adaptive_avg_pool1d(h, length) if i else h)
         seen.append(h.flatten(1))
-    heads = [head(part).to(series.dtype).chunk(2, 1) for head, part in zip(self.posterior, seen[::-1])]
+    heads = [normal_of(head, part, series.dtype) for head, part in zip(self.posterior, seen[::-1])]
     means = [z + added for z, (added, _) in zip(self.linear.codes(series).split(self.sizes, 1), heads)]
-    return means, [self.first_log_scale + bounded(log_scale) for _, log_scale in heads]
+    return means, [self.first_log_scale + log_scale for _, log_scale in heads]
 
 
 @patch
@@ -148,8 +148,8 @@ def descend(
         z = codes[i] if i < len(codes) else None
         if i:
             h = F.interpolate(h, size=length, mode="linear")
-            mean, log_scale = self.prior[i - 1](h.flatten(1)).to(codes[0].dtype).chunk(2, 1)
-            priors.append((mean, log_scale := bounded(log_scale)))
+            mean, log_scale = normal_of(self.prior[i - 1], h.flatten(1), codes[0].dtype)
+            priors.append((mean, log_scale))
             drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
             z = drawn if z is None else z if drop is None else torch.where((i < len(self.sizes) - drop)[:, None], z, drawn)
         taken.append(z)
