@@ -227,6 +227,7 @@ def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
     root = data_path(cfg.data_dir)
     if _made(root, cfg):
         return root
+    resolve_device(cfg.device)  # before anything is written
     _prepare(cfg, root)
     with _locked(root / ".lock", f"another process is making the data in {root}; waiting for it"):
         if not _made(root, cfg):
