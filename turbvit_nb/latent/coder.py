@@ -265,7 +265,7 @@ def coder_from_state(
 ) -> Coder:  # in evaluation mode
     "The coder again. Raises `LabError` for weights that do not fit."
     said = state["latent"]
-    network = rebuilt(lambda: Hierarchy(**said["network"]), state, source)
+    network = rebuilt(lambda: Hierarchy(**{"divided": False} | said["network"]), state, source)
     statistics = (said["statistics"][name] for name in ("mean", "std", "increment_std"))
     return Coder(network, Normaliser(*statistics), **said["coder"]).eval()
 

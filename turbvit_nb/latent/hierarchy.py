@@ -200,10 +200,11 @@ def normal_of(
     head: nn.Module,  # its first weights are (2c, …)
     h: Tensor,  # what it looks at
     dtype: torch.dtype,
+    divided: bool = True,  # ln s, by the root of the inputs of the head: a step of training moves all its weights at once
 ) -> tuple[Tensor, Tensor]:
-    "A mean and ln s. The second is divided by the root of the inputs of the head: a step of training moves all its weights at once."
+    "A mean and ln s."
     mean, log_scale = head(h).to(dtype).chunk(2, 1)
-    return mean, log_scale / next(head.parameters())[0].numel() ** 0.5
+    return mean, log_scale / (next(head.parameters())[0].numel() ** 0.5 if divided else 1)
 
 
 class Hierarchy(nn.Module):
@@ -218,15 +219,16 @@ class Hierarchy(nn.Module):
         width: int = 32,  # channels on the grid of half the points, doubled at each halving
         first_log_scale: float = -2.3,  # ln s of a posterior before training
         spectral_norm: bool = False,  # whether each convolution is divided by its largest singular value
+        divided: bool = True,  # see `normal_of`; those of checkpoints that do not say so are not
     ):
         super().__init__()
         self.config = dict(img_size=img_size, channels=channels, levels=[list(level) for level in levels], width=width)
-        self.config |= dict(first_log_scale=first_log_scale, spectral_norm=spectral_norm)
+        self.config |= dict(first_log_scale=first_log_scale, spectral_norm=spectral_norm, divided=divided)
         self.anchor, self.levels = Anchor(img_size, channels, levels), [tuple(level) for level in levels]
         sides = [img_size // 2]
         while sides[-1] > self.levels[0][0]:
             sides.append(sides[-1] // 2)
-        self.sides, self.first_log_scale = sides, first_log_scale
+        self.sides, self.first_log_scale, self.divided = sides, first_log_scale, divided
         widths = dict(zip(sides, (width * 2**i for i in range(len(sides)))))
         block = lambda side: ResidualBlock(in_chans=widths[side], out_chans=widths[side])
         head = lambda side, out: CircularConv(widths[side], out)
@@ -261,7 +263,7 @@ def encode(self: Hierarchy, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     for side in self.sides:
         seen[side] = h = self.up[str(side)](h)
         h = self.shrink[str(side)](h) if side != self.sides[-1] else h
-    heads = [normal_of(self.posterior[str(side)], seen[side], x.dtype) for side, _ in self.levels]
+    heads = [normal_of(self.posterior[str(side)], seen[side], x.dtype, self.divided) for side, _ in self.levels]
     means = [z + added for z, (added, _) in zip(self.anchor(x), heads)]
     return means, [self.first_log_scale + log_scale for _, log_scale in heads]
 
@@ -279,7 +281,7 @@ def descend(
         h = h if h is None else self.grow[str(side)](h)
         if side in channels:
             if h is not None:
-                priors.append(normal_of(self.prior[str(side)], h, codes[0].dtype))
+                priors.append(normal_of(self.prior[str(side)], h, codes[0].dtype, self.divided))
             taken.append(self._code(len(taken), codes, noise, priors, drop))
             added = self.taken[str(side)](taken[-1])
             h = added if h is None else h + added

@@ -99,14 +99,15 @@ class TrajectoryCoder(Coded):
         free: float = 0.0,  # nats a number of a code that cost nothing
         variational: bool = True,  # without, codes are numbers that cost nothing
         first_log_scale: float = -3.0,  # ln s of a posterior before training
+        divided: bool = True,  # see `normal_of`; those of checkpoints that do not say so are not
     ):
         super().__init__()
         self.config = dict(
             times=times, nodes=nodes, codes=list(codes), modes=modes, width=width, sigma=sigma, error=error, free=free,
-            variational=variational, first_log_scale=first_log_scale,
+            variational=variational, first_log_scale=first_log_scale, divided=divided,
         )
         self.sizes, self.sigma, self.error, self.free = list(codes), sigma, error, free
-        self.variational, self.first_log_scale = variational, first_log_scale
+        self.variational, self.first_log_scale, self.divided = variational, first_log_scale, divided
         self.seen: list[int] = []  # places of the solutions that it was made from
         self.lengths = [-(-times // 2**i) for i in range(len(codes))][::-1]  # of time, coarsest first
         if self.lengths[0] < 2:
@@ -130,7 +131,7 @@ def posteriors(self: TrajectoryCoder, series: Tensor) -> tuple[list[Tensor], lis
     for i, (layer, length) in enumerate(zip(self.up, self.lengths[::-1])):
         h = layer(F.adaptive_avg_pool1d(h, length) if i else h)
         seen.append(h.flatten(1))
-    heads = [normal_of(head, part, series.dtype) for head, part in zip(self.posterior, seen[::-1])]
+    heads = [normal_of(head, part, series.dtype, self.divided) for head, part in zip(self.posterior, seen[::-1])]
     means = [z + added for z, (added, _) in zip(self.linear.codes(series).split(self.sizes, 1), heads)]
     return means, [self.first_log_scale + log_scale for _, log_scale in heads]
 
@@ -148,7 +149,7 @@ def descend(
         z = codes[i] if i < len(codes) else None
         if i:
             h = F.interpolate(h, size=length, mode="linear")
-            mean, log_scale = normal_of(self.prior[i - 1], h.flatten(1), codes[0].dtype)
+            mean, log_scale = normal_of(self.prior[i - 1], h.flatten(1), codes[0].dtype, self.divided)
             priors.append((mean, log_scale))
             drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
             z = drawn if z is None else z if drop is None else torch.where((i < len(self.sizes) - drop)[:, None], z, drawn)
@@ -251,6 +252,6 @@ def load_trajectories(
 ) -> TrajectoryCoder:  # in evaluation mode
     "The coder of a checkpoint. Raises `LabError`, also for a checkpoint of something else."
     state = read_part(checkpoint, "surrogate", "coder of trajectories; 11_arrays trains one, in [surrogate]", device)
-    coder = rebuilt(lambda: TrajectoryCoder(**state["surrogate"]), state, str(checkpoint))
+    coder = rebuilt(lambda: TrajectoryCoder(**{"divided": False} | state["surrogate"]), state, str(checkpoint))
     coder.seen = list(state["seen"])
     return coder.eval().requires_grad_(False).to(device)
