@@ -1,5 +1,6 @@
 """Coders of frames as a job: the same bits after a stop, codes on file that give the frames back, better than its anchor, one line for a mistake."""
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -140,6 +141,11 @@ def test_an_emulator_in_codes_is_trained_pruned_rolled_out_and_scored(home):
     run.close()
     again = torch.cat(list(rollout(best, torch.from_numpy(vorticity_of(run.path)), 6)))[:, 0]
     torch.testing.assert_close(Grid.of(again).velocity(again), torch.from_numpy(whole), atol=1e-4, rtol=1e-3)
+    shutil.copytree(run.path, seldom := home / "runs" / "seldom", ignore=shutil.ignore_patterns("inference", "status.json"))
+    (home / "seldom.toml").write_text((seldom / "config.toml").read_text().replace('output_dir = "stepping"', 'output_dir = "seldom"'))
+    run = open_run(home / "seldom.toml", "inference", overrides=["inference.save_every=2"])
+    np.testing.assert_allclose(infer(run)["best"][0].read(), whole[1::2], atol=1e-4, rtol=1e-3)
+    run.close()
     scores = short_analysis(run := open_run(path, "short_analysis"))
     assert set(scores) == {"best", "prune1_remaining_50.0"} and all(np.isfinite(data.acc.sel(forecast="emulator")).all() for data in scores.values())
 

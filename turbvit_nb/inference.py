@@ -175,11 +175,13 @@ def restore(self: RolloutJob) -> None:
 @patch
 def keep(
     self: RolloutJob,
-    frames: Tensor,  # the next states (B, C, N, N), in the emulator's fields
+    frames: Tensor | None,  # the next states (B, C, N, N), in the emulator's fields; None where nobody looked
     save_every: int,  # keep every n-th
 ) -> None:
     "Judge the new states and keep the good ones."
     self.step += 1
+    if frames is None:
+        return
     uv = to_velocity(frames, self.emulator.fields)
     bad = blown_up(uv, self.limits).cpu().numpy()
     for i in np.flatnonzero(bad & (self.ended == 0)):
@@ -204,11 +206,12 @@ def go(self: RolloutJob, settings: InferenceConfig) -> None:
         settings.save_every, self.emulator.out_frames,
     ), settings.inference_length
     chunk = math.ceil(settings.chunk_size * settings.save_every / whole) * whole
-    steps = states(self.emulator, self.state, self.cond, self.generator)
+    every = settings.save_every if self.emulator.decodes and self.emulator.out_frames == 1 else 1
+    steps = states(self.emulator, self.state, self.cond, self.generator, every)
     with Meter(length, f"roll out {self.folder.name}", "step", done=self.step) as meter:
         while self.step < length and not self.ended.all():
             self.state, frames = next(steps)
-            for frame in frames[:, :, : length - self.step].unbind(2):
+            for frame in [None] if frames is None else frames[:, :, : length - self.step].unbind(2):
                 self.keep(frame, settings.save_every)
                 meter.update()
                 if self.step % chunk == 0 or self.step == length or self.ended.all():

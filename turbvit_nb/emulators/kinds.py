@@ -8,6 +8,7 @@ __all__ = ['State', 'KINDS', 'Kind', 'register', 'noise', 'evaluating', 'states'
 # %% ../../nbs/emulators/00_kinds.ipynb #365d0f73
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 from fastcore.basics import patch
@@ -25,6 +26,7 @@ class Kind(nn.Module):
     size: int  # points per side of its fields
     config: dict = {}  # the keys of `[model]`, where it has a network or came from one
     stochastic = False  # whether `advance` draws from the generator
+    decodes = False  # whether `look` costs more than `advance`
 
     def __init__(
         self,
@@ -119,12 +121,13 @@ def states(
     state: State,  # to go on from
     cond: Tensor | None = None,  # flow parameters (B, P)
     generator: Generator | None = None,  # of the noise
-) -> Iterator[tuple[State, Tensor]]:  # the state, and its frames (B, C, T′, N, N), for ever
+    every: int = 1,  # steps, after which the frames are looked at
+) -> Iterator[tuple[State, Tensor | None]]:  # the state, and its frames (B, C, T′, N, N) or None, for ever
     "What is there after 1, 2, … steps: what rollouts are made of, for those who stop and go on."
-    while True:
+    for n in count(1):
         with evaluating(emulator):
             state = emulator.advance(state, cond, generator)
-            frames = emulator.look(state)
+            frames = emulator.look(state) if n % every == 0 else None
         yield state, frames
 
 # %% ../../nbs/emulators/00_kinds.ipynb #94266682

@@ -46,6 +46,8 @@ def from_coarse(coder: Coder, field: Tensor) -> list[Tensor]:
 class LatentEmulator(Emulator):
     "A network that steps in the codes of a coder."
 
+    decodes = True
+
     def __init__(
         self,
         network: nn.Module,  # of fields on the coder's coarse grid, one for each of its channels

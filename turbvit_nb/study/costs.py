@@ -49,15 +49,17 @@ def step_of(
     batch_size: int,  # samples that step at once
     device: str | torch.device = "cpu",
 ) -> Callable[[], None]:
-    "One step of a batch, to be called as often as one likes; it returns when the step is done."
+    "One step of a batch as a rollout takes it, to be called as often as one likes; it returns when the step is done."
     N, device = emulator.size, torch.device(device)
     shape = batch_size, len(emulator.fields), emulator.num_frames, N, N
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     cond = torch.ones(batch_size, len(FEATURES), device=device)
+    with evaluating(emulator):
+        begun = emulator.begin(x, cond)
 
     def step() -> None:
         with evaluating(emulator):
-            emulator(x, cond)
+            emulator.advance(begun, cond)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
