@@ -101,6 +101,11 @@ class Coder(Coded):
         "Numbers of every code of a window."
         return self.network.anchor.sizes
 
+    @property
+    def side(self) -> int:
+        "Points per side of the finest grid that its codes carry."
+        return 2 * self.network.levels[-1][0]
+
 # %% ../../nbs/latent/02_coder.ipynb #45cedda9
 @patch
 def stacked(self: Coder, x: Tensor) -> Tensor:  # (B, C·T, N, N)

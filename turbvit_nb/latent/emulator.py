@@ -60,9 +60,8 @@ class LatentEmulator(Emulator):
             raise LabError(f"a coder of windows of {coder.num_frames} frames: an emulator steps in the codes of single frames")
         super().__init__(network, normaliser, **settings | {"fields": coder.fields})
         self.coder = coder.requires_grad_(False)
-        side = 2 * coder.network.levels[-1][0]
-        if network.config["img_size"] != side:
-            raise LabError(f"model.img_size = {network.config['img_size']}: the codes of this coder lie on {side}² points")
+        if network.config["img_size"] != coder.side:
+            raise LabError(f"model.img_size = {network.config['img_size']}: the codes of this coder lie on {coder.side}² points")
 
     @property
     def size(self) -> int:
@@ -142,8 +141,7 @@ def latent_parts(
     if tuple(model.fields) != coder.fields or coder.network.config["img_size"] != dataset.NX:
         told = f"a coder of {', '.join(coder.fields)} on {coder.network.config['img_size']}² points"
         raise LabError(f"model.coder = {model.coder} is {told}; the model has fields {', '.join(model.fields)}, the frames {dataset.NX}²")
-    side = 2 * coder.network.levels[-1][0]
-    network = create_model(**model.model_dump() | {"img_size": side, "coder": None, "project": False, "cutoff": 1.5})
+    network = create_model(**model.model_dump() | {"img_size": coder.side, "coder": None, "project": False, "cutoff": 1.5})
     batch = samples_of(dataset, 512, 1)
     normaliser = latent_statistics(coder, batch["x"][:, :, 0], batch["y"][:, :, 0])
     kept = settings_of(model) | {"project": False, "cutoff": 1.5, "step": dataset.step, "input_step": dataset.input_step}
