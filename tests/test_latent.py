@@ -215,5 +215,5 @@ def test_coders_stand_beside_emulators_in_a_comparison(home):
     entries, missing, said = compare(run := open_run(path, "compare"))
     told = json.loads((run.path / "comparison.json").read_text())
     assert [entry.run for entry in entries] == ["stepping"] and not any("coder" in one for one in missing)
-    assert said[0].about == "codes" and "64 numbers" in said[0].sentence and said[0].mark == "good"
+    assert said[0].about == "codes" and "64 numbers" in said[0].sentence and said[0].mark == "better"
     assert told["coders"][0]["POD in blocks"] == "9.000" and told["coders"][0]["kind"] == "autoencoder"

@@ -100,4 +100,4 @@ def coder_findings(coders: Sequence[Coding]) -> list[Finding]:
     above = [f"{size:,.4g}" for size, gain in gains.items() if gain <= 0]
     told = "; ".join(f"{size:,.4g} numbers {-100 * gain:+.0f} %" for size, gain in gains.items())
     where = f"not at {', '.join(above)}" if above else "at every size that was tried" if len(best) > 1 else "at the size that was tried"
-    return [Finding("caution" if above else "good", "codes", f"Coders of frames against POD in blocks of as many numbers, VRMSE of ω: {told}. Below it {where}.")]
+    return [Finding("mixed" if above else "better", "codes", f"Coders of frames against POD in blocks of as many numbers, VRMSE of ω: {told}. Below it {where}.")]

@@ -236,7 +236,7 @@ def _percent(ends: tuple[float, float, float]) -> str:
 
 def _shown(ends: tuple[float, float, float]) -> str:
     "What an interval of a difference says: a mark of the verdict."
-    return "caution" if not math.isfinite(ends[1]) or ends[1] <= 0 <= ends[2] else "good" if ends[2] < 0 else "bad"
+    return "caution" if not math.isfinite(ends[1]) or ends[1] <= 0 <= ends[2] else "better" if ends[2] < 0 else "worse"
 
 
 def step_findings(arms: Sequence[Arm]) -> list[Finding]:
