@@ -15,6 +15,7 @@ from turbvit_nb.inference import infer
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, resolve_device
 from turbvit_nb.latent.job import keep_latents, train_latent
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, create_model, load_emulator, rollout
+from turbvit_nb.physics.py2d import find_runs, open_store
 from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.train import train
 
@@ -74,15 +75,16 @@ def test_losses_of_what_draws_are_those_of_the_cpu(network, method):
     batch = {"x": torch.randn(4, 2, 1, 64, 64), "y": torch.randn(4, 2, 64, 64), "cond": torch.ones(4, 5)}
     batch |= draws_for(emulator, batch["x"], draw, equal=0.5)
     one = drawn_losses(emulator, batch)
-    other = drawn_losses(emulator.to(DEVICE), {name: None if value is None else value.to(DEVICE) for name, value in batch.items()})
+    there = {name: None if value is None else value.to(DEVICE) for name, value in batch.items()}
+    other = drawn_losses(emulator.to(DEVICE), there)
     assert off(other, one) < 1e-3
     other.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in emulator.network.output.parameters())
     with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
-        cast = drawn_losses(emulator, {name: None if value is None else value.to(DEVICE) for name, value in batch.items()})
+        cast = drawn_losses(emulator, there)
     assert off(cast, one) < 0.05
-    members = [torch.stack(list(rollout(emulator, batch["x"].to(DEVICE), 2, 3, batch["cond"].to(DEVICE)))) for _ in range(2)]
-    assert members[0].isfinite().all() and not torch.allclose(members[0][:, :, 0], members[0][:, :, 1])
+    members = torch.stack(list(rollout(emulator, there["x"], 2, 3, there["cond"])))
+    assert members.isfinite().all() and not torch.allclose(members[:, :, 0], members[:, :, 1])
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,6 @@ def config(home: Path, name: str, **sections) -> Path:
 
 
 def test_data_are_those_of_the_cpu_for_a_while(tmp_path):
-    from turbvit_nb.physics.py2d import find_runs, open_store
-
     asked = dict(Re=200, NX=16, solve_NX=32, dt=0.01, n_trajectories=2, n_frames=5, t_save=0.1)
     read = lambda device: [torch.as_tensor(open_store(run).read(range(1, 6))) for run in find_runs(generate(GenerateConfig(data_dir=str(tmp_path / device), device=device, **asked)))]
     for one, other in zip(read("cpu"), read(DEVICE), strict=True):

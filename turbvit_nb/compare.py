@@ -115,7 +115,8 @@ def compare(
     "The entries, what is missing, and the verdict; writes latency.json, comparison.nc and comparison.json."
     settings, folders = compare_settings(run), folders or compared_folders(run)
     coders = codings(folders)
-    entries, missing = gather({name: folder for name, folder in folders.items() if name not in {one.run for one in coders}})
+    coded = {one.run for one in coders}
+    entries, missing = gather({name: folder for name, folder in folders.items() if name not in coded})
     if not entries:
         raise LabError(f"nothing to compare: {'; '.join(missing)}")
     if not run.scratch:

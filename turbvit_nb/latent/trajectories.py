@@ -149,8 +149,8 @@ def descend(
         z = codes[i] if i < len(codes) else None
         if i:
             h = F.interpolate(h, size=length, mode="linear")
-            mean, log_scale = normal_of(self.prior[i - 1], h.flatten(1), codes[0].dtype, self.divided)
-            priors.append((mean, log_scale))
+            priors.append(normal_of(self.prior[i - 1], h.flatten(1), codes[0].dtype, self.divided))
+            mean, log_scale = priors[-1]
             drawn = mean if noise is None else mean + log_scale.exp() * noise[i]
             z = drawn if z is None else z if drop is None else torch.where((i < len(self.sizes) - drop)[:, None], z, drawn)
         taken.append(z)
