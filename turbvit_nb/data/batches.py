@@ -63,14 +63,18 @@ def order(self: Batches, epoch: int) -> np.ndarray:
 
 
 @patch
+def made_of(self: Batches, samples: np.ndarray, *place: int) -> dict[str, torch.Tensor]:
+    "Some samples as a batch, transformed as belongs to its place in the training."
+    batch = self.dataset.__getitems__(samples)
+    if self.augment:
+        batch = self.augment(batch, np.random.default_rng([self.seed, *place, self.rank, 1]))
+    return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+
+
+@patch
 def make(self: Batches, epoch: int, number: int, order: np.ndarray) -> dict[str, torch.Tensor]:
     "One batch of an epoch."
-    batch = self.dataset.__getitems__(
-        order[number * self.batch_size:(number + 1) * self.batch_size]
-    )
-    if self.augment:
-        batch = self.augment(batch, np.random.default_rng([self.seed, epoch, number, self.rank, 1]))
-    return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+    return self.made_of(order[number * self.batch_size:(number + 1) * self.batch_size], epoch, number)
 
 # %% ../../nbs/data/02_batches.ipynb #74c8aeb9
 @patch

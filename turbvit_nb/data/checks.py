@@ -90,9 +90,8 @@ def check(
 def _may_share(one: DatasetConfig, other: DatasetConfig) -> bool:
     "Whether two sections can hold a frame of one run, by their ranges and trajectories."
     pairs = ((a, b) for a in one.frame_range for b in other.frame_range)
-    apart = one.trajectories and other.trajectories and not set(one.trajectories) & set(
-        other.trajectories
-    )
+    listed = isinstance(one.trajectories, list) and isinstance(other.trajectories, list)
+    apart = listed and not set(one.trajectories) & set(other.trajectories)
     return not apart and any(max(a[0], b[0]) < min(a[1], b[1]) for a, b in pairs)
 
 # %% ../../nbs/data/03_checks.ipynb #8c76e6c8

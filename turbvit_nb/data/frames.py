@@ -9,6 +9,7 @@ __all__ = ['MEMORY', 'FIELDS', 'DatasetConfig', 'sample_frames', 'sample_offsets
 # %% ../../nbs/data/01_frames.ipynb #f1209014
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
 from ..lab.progress import note, progress
-from ..physics.py2d import FrameError, PackedStore, Store, find_runs, open_store
+from ..physics.py2d import CONDITIONS, FrameError, PackedStore, Store, find_runs, open_store
 from ..physics.spectral import Grid
 
 # %% ../../nbs/data/01_frames.ipynb #6f1612bc
@@ -27,7 +28,7 @@ class DatasetConfig(Section):
     frame_range: list[tuple[int, int]]  # ranges [start, end) of frame numbers, in every run
     data_dir: str | None = None  # a run, or a folder above several
     data_dirs: list[str] = []  # or several of these
-    trajectories: list[int] | None = None  # take only the runs with these initial conditions (IC)
+    trajectories: list[int] | dict[str, list[int]] | None = None  # take only the runs with these initial conditions (IC), in all folders or by folder
     target_step: int = Field(1, ge=1)  # frames from one state to the next
     input_step: int = Field(1, ge=1)  # frames between inputs
     stride: int = Field(1, ge=1)  # frames between samples
@@ -207,6 +208,22 @@ def numbers(self: FrameDataset, tree: int) -> np.ndarray:
     ranges = np.concatenate([np.arange(a, b) for a, b in sorted(self.cfg.frame_range)])
     return np.intersect1d(ranges, self.stores[tree].frames)
 
+# %% ../../nbs/data/01_frames.ipynb #c225a18f
+@patch(as_prop=True)
+def flows(self: FrameDataset) -> list[str]:
+    "The flows of the runs in the order in which they come first, each named by the parameters in which they differ."
+    told = list(dict.fromkeys(r.conditions() for r in self.regimes))
+    differ = [i for i in range(len(CONDITIONS)) if len({c[i] for c in told}) > 1]
+    return [", ".join(f"{CONDITIONS[i]} {c[i]:g}" for i in differ) or "one flow" for c in told]
+
+
+@patch
+def places(self: FrameDataset) -> dict[str, np.ndarray]:  # run, frame, flow, each (n,)
+    "Where each sample comes from: its run, its newest input frame, and its flow, a place in `flows`."
+    told = list(dict.fromkeys(r.conditions() for r in self.regimes))
+    flow = np.array([told.index(r.conditions()) for r in self.regimes])
+    return {"run": self.tree, "frame": self.frame, "flow": flow[self.tree]}
+
 # %% ../../nbs/data/01_frames.ipynb #d18e78cb
 def _check_range(store: Store, cfg: DatasetConfig, name: str):
     "All frames of the ranges are there."
@@ -249,15 +266,23 @@ def _stores(cfg: DatasetConfig, name: str) -> list[Store]:
                 f"{name}: no data folder {folder}; set data_dir, or $TURBVIT_DATA to the folder it "
                 "is relative to, or add a [generate] section"
             )
-    stores = [
-        open_store(p) for p in dict.fromkeys(p for folder in paths for p in find_runs(folder))
-    ]
-    if cfg.trajectories is None:
+    if not isinstance(cfg.trajectories, dict):
+        return _chosen(paths, cfg.trajectories, name)
+    if unknown := cfg.trajectories.keys() - set(folders(cfg)):
+        raise LabError(f"{name}: trajectories names {sorted(unknown)[0]}, which is not among the data folders: {', '.join(folders(cfg))}")
+    apart = [_chosen([path], cfg.trajectories.get(said), name) for said, path in zip(folders(cfg), paths)]
+    return [store for stores in apart for store in stores]
+
+
+def _chosen(paths: Sequence[Path], trajectories: Sequence[int] | None, name: str) -> list[Store]:
+    "The runs in some folders with these initial conditions, each opened once; all of them where none are named."
+    stores = [open_store(p) for p in dict.fromkeys(p for folder in paths for p in find_runs(folder))]
+    if trajectories is None:
         return stores
     there = sorted({s.regime.IC for s in stores})
-    if absent := sorted(set(cfg.trajectories) - set(there)):
+    if absent := sorted(set(trajectories) - set(there)):
         raise LabError(f"{name}: no trajectory {absent[0]} in {paths[0]}; there are {there}")
-    return [s for s in stores if s.regime.IC in cfg.trajectories]
+    return [s for s in stores if s.regime.IC in trajectories]
 
 # %% ../../nbs/data/01_frames.ipynb #ea9d2e97
 def open_dataset(

@@ -106,8 +106,8 @@ class EnsembleValidation(Validation):
 
 
 @patch
-def one_step(self: EnsembleValidation, emulator: Generative) -> float:
-    "The mean loss, always with the same draws."
+def one_step(self: EnsembleValidation, emulator: Generative) -> dict[str, float]:
+    "The losses, always with the same draws."
     generator = Generator(self.device).manual_seed(0)
     draws = lambda batch: draws_for(emulator, batch["x"], generator, **self.how)
     drawn = lambda emulator, batch: drawn_losses(emulator, batch | draws(batch))
@@ -161,7 +161,7 @@ def ensembles(self: EnsembleValidation, emulator: Generative) -> dict[str, Tenso
 def skill(self: EnsembleValidation, emulator: Generative) -> dict[str, float]:
     "What the emulator is worth on the validation set."
     training = emulator.training
-    found = {"validation_loss": self.one_step(emulator.eval())}
+    found = self.one_step(emulator.eval())
     if can_roll(emulator):
         scores = self.ensembles(emulator)
         worst = 10.0  # of an ensemble that has blown up

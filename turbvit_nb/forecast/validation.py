@@ -108,12 +108,17 @@ def one_step(
     self: Validation,
     emulator: Emulator,
     losses: Callable = losses,  # (emulator, batch) -> (B,)
-) -> float:
-    "The mean loss of single steps, in normalised units."
+) -> dict[str, float]:  # validation_loss, validation_loss_99, and the mean of each flow where there are several
+    "The loss of single steps, in normalised units: its mean, and what 99 of 100 samples stay below."
     batch = self.read(self.samples, emulator.out_frames)
     starts = range(0, len(batch["x"]), 32)
     pieces = [{name: value[i : i + 32] for name, value in batch.items()} for i in starts]
-    return torch.cat([losses(emulator, piece) for piece in pieces]).mean().item()
+    found = torch.cat([losses(emulator, piece) for piece in pieces]).double().cpu()
+    scores = {"validation_loss": found.mean().item(), "validation_loss_99": found.quantile(0.99).item()}
+    if len(self.dataset.flows) > 1:
+        flow = torch.from_numpy(self.dataset.places()["flow"][evenly(len(self.dataset), self.samples)])
+        scores |= {f"validation_loss {name}": found[flow == i].mean().item() for i, name in enumerate(self.dataset.flows)}
+    return scores
 
 # %% ../../nbs/forecast/05_validation.ipynb #f69a2aa4
 def can_roll(emulator: Emulator) -> bool:
@@ -144,10 +149,10 @@ def baselines(self: Validation) -> dict[str, dict[str, Tensor]]:
 def skill(
     self: Validation,
     emulator: Emulator,
-) -> dict[str, float]:  # validation_loss; rollout_vrmse, rollout_acc, horizon, … where it can roll
+) -> dict[str, float]:  # of `one_step`; rollout_vrmse, rollout_acc, horizon, … where it can roll
     "What the emulator is worth on the validation set."
     training = emulator.training
-    scores = {"validation_loss": self.one_step(emulator.eval())}
+    scores = self.one_step(emulator.eval())
     scores |= summarise(self.rollouts(emulator)) if can_roll(emulator) else {}
     emulator.train(training)
     return scores

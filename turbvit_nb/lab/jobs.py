@@ -636,8 +636,9 @@ def _left_out(
 ) -> str | None:
     "Why a config does not ask for a stage; None when it does."
     section, other = stage["section"], stage.get("unless")
-    if not config.has(section):
-        return f"no [{section}] in the config"
+    for wanted in filter(None, (section, stage.get("also"))):
+        if not config.has(wanted):
+            return f"no [{wanted}] in the config"
     taken = other and config.has(other) and not begun
     return f"[{section}] belongs to [{other}]" if taken else None
 

@@ -140,7 +140,7 @@ def _set_lr(self: Learner) -> None:
 
 # %% ../../nbs/lab/04_learner.ipynb #7cc2f74a
 @patch
-def _forward(self: Learner) -> AbstractContextManager:
+def forward_pass(self: Learner) -> AbstractContextManager:
     "The precision of the forward pass."
     return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
@@ -159,7 +159,7 @@ def _batch(self: Learner) -> None:
     self.call("before_batch")
     self._set_lr()
     size, due = self._shared()
-    with self._forward():
+    with self.forward_pass():
         self.batch_losses = self.losses(self.model, self.batch)
     self.loss = self.batch_losses.mean()
     self.loss_sum += self.loss.detach()

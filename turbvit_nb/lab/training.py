@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRECISION', 'LoopConfig', 'build_optimizer', 'restored_optimizer', 'autocast_dtype', 'loop_callbacks',
-           'run_callbacks', 'fit']
+           'run_callbacks', 'announced', 'fit']
 
 # %% ../../nbs/lab/05_training.ipynb #a110ee7c
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from . import learner as lab
 from .checkpoints import Identity, check_owner, save
-from .config import LabError, Section
+from .config import LabError, Section, registry
 from .learner import Callback, EpochBatches, Learner
 from .runs import Run, Stopped
 
@@ -151,6 +152,19 @@ def run_callbacks(
         lab.ShowProgress(name, show),
     ]
 
+# %% ../../nbs/lab/05_training.ipynb #b7c1d2e4
+def announced(
+    run: Run,  # open
+    batches: EpochBatches,  # to train on
+) -> list[Callback]:
+    "The callbacks of those sections of the config that have a say in every training. Raises `LabError`."
+    found = []
+    for section, where in registry()["callbacks"].items():
+        if run.config.has(section):
+            module, _, name = where.partition(":")
+            found += getattr(import_module(f"turbvit_nb.{module}"), name)(run, batches)
+    return found
+
 # %% ../../nbs/lab/05_training.ipynb #4f896142
 def fit(
     run: Run,  # open
@@ -177,6 +191,7 @@ def fit(
     name = prefix.rstrip("_") or run.stage
     own = [*loop_callbacks(settings, monitor, higher), lab.Validate(validate, settings.validate_every)]
     own += run_callbacks(run, state, identity, name, ("loss", *show, monitor), **store)
+    own += announced(run, batches)
     precision = autocast_dtype(settings.precision, run.device) if autocast else None
     learner = Learner(
         model, _compiled(weights or model, losses) if settings.compile else losses, batches,
