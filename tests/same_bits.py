@@ -16,8 +16,11 @@ def equal(a: object, b: object) -> bool:
 
 
 class StopSoon(Callback):
-    "Stops after three batches."
+    "Stops after so many batches."
+
+    def __init__(self, step: int = 3):
+        self.step = step
 
     def after_batch(self, learner: Learner) -> None:
-        if learner.step == 3:
+        if learner.step == self.step:
             learner.stop = "asked to"

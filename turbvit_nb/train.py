@@ -186,6 +186,7 @@ def fit_emulator(
 # %% ../nbs/02_train.ipynb #8f939ed8
 def train(
     run: Run,  # open, stage "train"
+    callbacks: Iterable[Callback] = (),  # more
 ) -> tuple[Learner, Validation]:  # the learner after its last epoch; its validation
     "Train the model of a run and keep the checkpoints best and last. Raises `LabError`, `Stopped`."
     check_owner(run, "last", "best", "epoch*")
@@ -195,4 +196,4 @@ def train(
     validation = build_validation(run, settings, train_set, validation_set)
     batches = build_batches(run, settings, train_set)
     identity = Identity("best", parent=run.config.top.checkpoint_file)
-    return fit_emulator(run, emulator, settings, batches, validation, identity=identity), validation
+    return fit_emulator(run, emulator, settings, batches, validation, callbacks, identity=identity), validation

@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['train_sparsely']
 
-# %% ../../nbs/13_sparse.ipynb #1186efc5
+# %% ../../nbs/13_sparse.ipynb #f63d9c95
+from collections.abc import Iterable
+
 from ..forecast.validation import Validation
 from ..lab.config import LabError
-from ..lab.learner import Learner
+from ..lab.learner import Callback, Learner
 from ..lab.runs import Run
 from .costs import Spent
 from .selection import Selection
 from ..train import train
 
-# %% ../../nbs/13_sparse.ipynb #1fcbd9a2
+# %% ../../nbs/13_sparse.ipynb #a06385f3
 def train_sparsely(
     run: Run,  # open, stage "sparse"; its config has [training] and [sparse]
+    callbacks: Iterable[Callback] = (),  # more
 ) -> tuple[Learner, Validation, Selection, Spent]:  # the learner after its last epoch, its validation, what chose, what it cost
     "Train the emulator of a run on samples that are chosen. Raises `LabError`, `Stopped`."
     for name in ("sparse", "training"):
         if not run.config.has(name):
             raise LabError(f"{run.config.path}: 13_sparse needs a [{name}] section")
-    learner, validation = train(run)
+    learner, validation = train(run, callbacks)
     found = {type(callback): callback for callback in learner.callbacks}
     return learner, validation, found[Selection], found[Spent]
