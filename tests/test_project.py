@@ -91,11 +91,11 @@ ROOMS = {  # a folder: what its modules may import
     "flow": {"flow", "emulators", "model", "datasets", "forecast"} | GROUND,
     "forecast": {"forecast", "model", "datasets"} | GROUND,
     "latent": {"latent", "flow", "emulators", "model", "datasets", "forecast"} | GROUND,
-    "sparse": {"sparse", "model", "datasets"} | GROUND,
+    "sparse": {"sparse", "flow", "emulators", "model", "datasets"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
     "study": {"study", "climate", "forecast", "compress", "emulators", "networks", "model", "datasets"} | GROUND,
 }
-HANDED_ON = {"prune": {"train"}, "sparse": {"train"}, "distil": {"train"}, "flow": {"train", "latent"}, "images": {"flow"}, "arrays": {"latent"}, "condition": {"latent"}}  # what one chapter takes from another: finetuning is a training
+HANDED_ON = {"prune": {"train"}, "sparse": {"train"}, "distil": {"train"}, "flow": {"train", "latent"}, "images": {"flow"}, "classes": {"flow", "sparse"}, "arrays": {"latent"}, "condition": {"latent"}}  # what one chapter takes from another: finetuning is a training
 
 
 def test_every_room_is_on_the_map():

@@ -27,6 +27,7 @@ class ImagesConfig(Section):
     path: str = "shapes"  # or a folder of files, with a folder per class or without; an .npz or .npy
     count: int = Field(4096, ge=8)  # of "shapes"
     test_share: float = Field(0.1, gt=0, lt=1)  # held back, to judge by
+    skip_bad: bool = False  # leave out files of a folder that cannot be read, and say how many
 
     def check(self, config: Config, name: str) -> None:
         "Raise `LabError`, one line, where the config asks for what pictures have not."
@@ -71,7 +72,7 @@ def train_images(
 ) -> tuple[Learner, ImageValidation]:  # the learner after its last epoch; its validation
     "Train the model of images of a run. Raises `LabError`, `Stopped`."
     asked, model, flow = (run.config.section(name) for name in ("images", "model", "flow"))
-    images = read_images(asked.path, model.img_size, len(model.fields), asked.count)
+    images = read_images(asked.path, model.img_size, len(model.fields), asked.count, asked.skip_bad)
     train_set, held_back = images.split(asked.test_share, run.config.top.seed)
     network, seed = build_images_model(run, images), run.config.top.seed
     how = dict(equal=flow.equal, **flow.drawn_times)

@@ -25,6 +25,7 @@ from .scores import set_distances
 from .teaching import draws_for
 from ..lab.config import LabError, data_path
 from ..lab.learner import Learner
+from ..lab.progress import note
 from ..model import create_model
 
 # %% ../../nbs/flow/06_images.ipynb #ae834d4b
@@ -106,17 +107,33 @@ def _file(path: Path, size: int, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, channels)
 
 
-def _folder(path: Path, size: int, channels: int) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+def _files(files: list[Path], size: int, channels: int, skip_bad: bool, path: Path) -> dict[Path, np.ndarray]:
+    "Those of some files that can be read. Raises `LabError` where others are not to be left out."
+    read, bad = {}, []
+    for file in files:
+        try:
+            read[file] = _file(file, size, channels)
+        except LabError as error:
+            bad.append(str(error))
+    if bad and not (skip_bad and read):
+        raise LabError(bad[0] if len(bad) == 1 else f"{bad[0]}; so are {len(bad) - 1} more of {len(files)} files in {path}")
+    if bad:
+        note(f"{path}: left out {len(bad)} of {len(files)} files, the first because {bad[0]}")
+    return read
+
+
+def _folder(path: Path, size: int, channels: int, skip_bad: bool) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     "All files of a folder; its folders are classes."
     files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _SUFFIXES]
     if not files:
         raise LabError(f"{path} holds no image: files of {', '.join(sorted(_SUFFIXES))} are read, in it or in a folder per class")
-    inside = [file.relative_to(path).parts for file in files]
+    read = _files(files, size, channels, skip_bad, path)
+    inside = [file.relative_to(path).parts for file in read]
     classes = sorted({parts[0] for parts in inside if len(parts) > 1})
     if classes and any(len(parts) == 1 for parts in inside):
         raise LabError(f"{path} holds images both in folders ({', '.join(classes[:3])}) and beside them: which class are those?")
     labels = np.array([classes.index(parts[0]) for parts in inside]) if classes else None
-    return np.stack([_file(file, size, channels) for file in files]), labels, classes
+    return np.stack(list(read.values())), labels, classes
 
 # %% ../../nbs/flow/06_images.ipynb #6fb6af73
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -155,6 +172,7 @@ def read_images(
     size: int,  # points per side N
     channels: int = 1,  # C: 1 or 3
     count: int = 4096,  # of "shapes"
+    skip_bad: bool = False,  # leave out files of a folder that cannot be read, and say so
 ) -> ImageSet:
     "Pictures, and their classes where they have some. Raises `LabError`."
     if path == "shapes":
@@ -162,7 +180,7 @@ def read_images(
         return ImageSet(images.expand(-1, channels, -1, -1), labels, SHAPES, path)
     where = data_path(path)
     if where.is_dir():
-        images, labels, classes = _folder(where, size, channels)
+        images, labels, classes = _folder(where, size, channels, skip_bad)
     elif where.suffix in (".npz", ".npy") and where.is_file():
         images, labels = _arrays(where)
         classes = [] if labels is None else [str(n) for n in range(int(labels.max()) + 1)]
