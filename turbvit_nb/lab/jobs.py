@@ -635,10 +635,9 @@ def _left_out(
     begun: bool,  # whether it has been asked for by name
 ) -> str | None:
     "Why a config does not ask for a stage; None when it does."
-    section, other = stage["section"], stage.get("unless")
-    for wanted in filter(None, (section, stage.get("also"))):
-        if not config.has(wanted):
-            return f"no [{wanted}] in the config"
+    section, other, also = stage["section"], stage.get("unless"), stage.get("also")
+    if missing := [name for name in (section, also) if name and not config.has(name)]:
+        return f"no [{missing[0]}] in the config"
     taken = other and config.has(other) and not begun
     return f"[{section}] belongs to [{other}]" if taken else None
 
