@@ -153,9 +153,22 @@ def skill(
     "What the emulator is worth on the validation set."
     training = emulator.training
     scores = self.one_step(emulator.eval())
-    scores |= summarise(self.rollouts(emulator)) if can_roll(emulator) else {}
+    scores |= self.by_flow(self.rollouts(emulator)) if can_roll(emulator) else {}
     emulator.train(training)
     return scores
+
+
+@patch
+def by_flow(self: Validation, scores: dict[str, Tensor]) -> dict[str, float]:
+    "What `summarise` says of rollouts, and where there are several flows error and horizon of each."
+    found = summarise(scores)
+    if len(self.dataset.flows) > 1:
+        flow = torch.from_numpy(self.dataset.places()["flow"][evenly(len(self.dataset), self.starts)])
+        for i, name in enumerate(self.dataset.flows):
+            if (here := flow == i).any():
+                one = summarise({key: value[here] for key, value in scores.items()})
+                found |= {f"{key} {name}": one[key] for key in ("rollout_vrmse", "horizon")}
+    return found
 
 
 @patch
