@@ -49,7 +49,7 @@ def read_arms(
     sweep, runs, missing = sweep if isinstance(sweep, Sweep) else read_sweep(sweep), {}, []
     for point in sweep.points:
         rest = [f"{key.rpartition('.')[2]} {value}" for key, value in point.values.items() if key != "seed"]
-        name = ", ".join([point.part, *rest])
+        name = ", ".join([point.part.replace("_", " "), *rest])
         done = stages(point.folder) if point.folder.is_dir() else {}
         stage = next((stage for stage in _STAGES if done.get(stage, {}).get("state") == "done"), None)
         if stage is None:
