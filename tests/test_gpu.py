@@ -17,6 +17,7 @@ from turbvit_nb.latent.job import keep_latents, train_latent
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, create_model, load_emulator, rollout
 from turbvit_nb.physics.py2d import find_runs, open_store
 from turbvit_nb.short_analysis import short_analysis
+from turbvit_nb.sparse.job import train_sparsely
 from turbvit_nb.train import train
 
 DEVICE = os.environ.get("TURBVIT_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "")
@@ -123,6 +124,8 @@ TOLD = {"model_type": "ToldUNet", "img_size": 16, "base_channels": 8, "depth": 1
 JOBS = {
     "train": (train, "train", {"training": dict(ema=0.9, unroll=2)}), "bf16": (train, "train", {"training": dict(precision="bf16")}),
     "compiled": (train, "train", {"training": dict(precision="bf16", compile=True)}),
+    "choosing": (train_sparsely, "sparse", {"training": dict(precision="bf16", unroll=2, compile=True), "sparse": dict(method="adaptive", score="fresh", target_activation=0.5)}),
+    "importance": (train_sparsely, "sparse", {"training": dict(ema=0.9), "sparse": dict(method="importance", score="fresh", target_activation=0.5)}),
     "meanflow": (train_flow, "flow", {"model": TOLD, "flow": dict(method="meanflow", precision="bf16")}),
     "crps": (train_flow, "flow", {"model": TOLD, "flow": dict(method="crps", precision="bf16", unroll=2, unroll_start=0.5)}),
     "crps_compiled": (train_flow, "flow", {"model": TOLD, "flow": dict(method="crps", compile=True)}),
@@ -133,7 +136,7 @@ JOBS = {
 def test_a_job_goes_on_and_is_scored(home, job):
     teach, stage, sections = JOBS[job]
     run = open_run(config(home, job, **sections), stage)
-    if stage == "flow":
+    if stage in ("flow", "sparse"):
         with pytest.raises(Stopped):
             teach(run, [StopSoon()])
         run.close()

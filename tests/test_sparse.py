@@ -14,8 +14,10 @@ from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.jobs import steps
 from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics
 from turbvit_nb.latent.job import train_latent
+from turbvit_nb.methods import read_methods
 from turbvit_nb.model import load_emulator
 from turbvit_nb.prune import prune
+from turbvit_nb.sparse.arms import against
 from turbvit_nb.sparse.job import train_sparsely
 from turbvit_nb.sparse.report import control_rows
 from turbvit_nb.train import train
@@ -185,7 +187,7 @@ def test_a_control_is_found(home):
     (dict(sparse=dict(method="adaptive", target_activation=0.5, ki=-1.0)), "sparse.ki = -1.0"),
     (dict(sparse=dict(min_active=7)), "sparse: min_active = 7 is more than a batch holds: training.batch_size = 6"),
     (dict(sparse={}, training=None), "sparse: there is no training to choose samples for"),
-    (dict(sparse=dict(method="adaptive", target_activation=0.5, entropy="classes", entropy_weight=1.0)), "sparse.entropy"),
+    (dict(sparse=dict(method="adaptive", target_activation=0.5, entropy="classes", entropy_weight=1.0)), "sparse: entropy = classes is not of this training"),
 ])
 def test_a_mistake_is_one_line(home, sections, said):
     with pytest.raises(LabError) as told:
@@ -199,3 +201,46 @@ def test_trajectories_by_folder(home):
     wrong = {"data_dirs": ["easy", "hard"], "frame_range": [[1, 31]], "trajectories": {"soft": [1]}}
     with pytest.raises(LabError, match="train_dataset: trajectories names soft, which is not among the data folders: easy, hard"):
         training_sets(load_config(config(home, "unknown", None, train_dataset=wrong)), ["omega"], 1)
+
+
+SWEEP = """
+[sweep]
+name = "arms"
+part = "uniform"
+base = "arms.toml"
+run = "{part}_{seed}"
+chapters = ["13_sparse"]
+overrides = ["sparse.method=uniform"]
+[sweep.grid]
+seed = [0, 1]
+[[sweep.also]]
+part = "blocks_15"
+overrides = ["sparse.method=blocks"]
+[sweep.also.grid]
+seed = [0, 1]
+"""
+
+
+def test_the_arms_of_a_sweep(home):
+    "Three of four runs are done; the fourth is named, and the arms are paired by seed."
+    base, sweep = config(home, "arms", {}, dict(epochs=1)), home / "sweep.toml"
+    sweep.write_text(SWEEP)
+    for name, method, seed in (("uniform_0", "uniform", 0), ("uniform_1", "uniform", 1), ("blocks_15_0", "blocks", 0)):
+        run = open_run(base, "sparse", [f"output_dir={name}", f"sparse.method={method}", f"seed={seed}"])
+        train_sparsely(run)
+        run.finish()
+    asked = home / "methods.toml"
+    asked.write_text(tomli_w.dumps({"output_dir": "report", "methods": {"sweep": str(sweep)}}))
+    arms, reference, keys, missing = read_methods(run := open_run(asked, "methods"))
+    run.close()
+    assert list(arms) == ["uniform", "blocks 15"] and reference is arms["uniform"] and missing == ["blocks_15_1"]
+    assert {"validation_loss", "validation_loss_99", "validation_loss Re 20", "validation_loss Re 400", "rollout_vrmse", "horizon Re 400"} <= set(keys)
+    value, low, high = against(arms["blocks 15"], reference, "validation_loss")
+    last = [[row for row in read_metrics(home / "runs" / name, stage="sparse") if "loss" in row][-1]["validation_loss"] for name in ("blocks_15_0", "uniform_0")]
+    assert value == pytest.approx(last[0] / last[1]) and np.isnan([low, high]).all()
+    for keys, said in ((dict(reference="unifrom"), "methods.reference = unifrom is no arm with a run that is done; there are uniform, blocks 15; did you mean uniform?"),
+                       (dict(metrics=["accuracy"]), "methods.metrics: accuracy is not measured in all runs"), (dict(sweep=None), "methods.sweep is missing")):
+        asked.write_text(tomli_w.dumps({"output_dir": f"wrong{len(said)}", "methods": {key: value for key, value in ({"sweep": str(sweep)} | keys).items() if value}}))
+        with pytest.raises(LabError) as told:
+            read_methods(open_run(asked, "methods"))
+        assert said in str(told.value)
