@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RunningMean', 'class_entropy', 'spectral_entropy', 'entropy_power', 'class_gradient', 'class_losses',
-           'with_class_entropy', 'by_lead', 'with_residual', 'with_spectral_entropy']
+           'with_class_entropy', 'by_lead', 'with_residual', 'with_spectral_entropy', 'with_variance']
 
-# %% ../../nbs/sparse/01_significance.ipynb #1b4d3911
+# %% ../../nbs/sparse/01_significance.ipynb #4b7ac677
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..flow.generative import drawn_losses
 from ..model import Emulator, losses, squared_error
 from ..physics.spectral import Grid
 
@@ -79,10 +80,10 @@ def class_losses(
 def with_class_entropy(
     model: nn.Module,
     batch: Mapping[str, Tensor],  # x, label
-) -> tuple[Tensor, Tensor]:  # (B,) each
+) -> tuple[Tensor, Tensor, int]:  # (B,), (B,), evaluations of the network
     "The cross entropy of each sample, and how undecided the model is."
     logits = model(batch["x"])
-    return nn.functional.cross_entropy(logits, batch["label"], reduction="none"), class_entropy(logits.float())
+    return nn.functional.cross_entropy(logits, batch["label"], reduction="none"), class_entropy(logits.float()), 1
 
 # %% ../../nbs/sparse/01_significance.ipynb #bc9edbfd
 def by_lead(
@@ -117,7 +118,17 @@ def with_residual(
 def with_spectral_entropy(
     emulator: Emulator,
     batch: Mapping[str, Tensor],  # x, y, cond
-) -> tuple[Tensor, Tensor]:  # (B,) each
+) -> tuple[Tensor, Tensor, int]:  # (B,), (B,), evaluations of the network
     "The loss of each sample, and over how many scales the error of its first step is spread."
     loss, left = with_residual(emulator, batch)
-    return loss, spectral_entropy(left[:, :, 0])
+    return loss, spectral_entropy(left[:, :, 0]), 1
+
+
+def with_variance(
+    emulator: Emulator,  # that draws
+    batch: Mapping[str, Tensor],  # x, y, cond, and the draws of its loss
+) -> tuple[Tensor, Tensor, int]:  # (B,), (B,), evaluations of the network
+    "The loss of each sample, and how far two members that are drawn for it lie apart: their variance is what the emulator predicts of its error."
+    generator = torch.Generator(batch["x"].device).manual_seed(0)
+    one, other = (emulator(batch["x"], batch["cond"], generator=generator) for _ in range(2))
+    return drawn_losses(emulator, batch), entropy_power((one - other).square() / 2), 1 + 2 * emulator.evaluations
