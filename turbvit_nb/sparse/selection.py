@@ -86,7 +86,7 @@ def _impossible(sparse: SparseConfig, config: Config) -> Iterator[str]:
         yield "method = reducible asks a better emulator: it is not for [classes]"
     if sparse.entropy and not (method == "adaptive" and (sparse.score == "fresh" or sparse.score_every)):
         yield "entropy is measured when samples are scored: it needs method = adaptive, and score = fresh or score_every"
-    if sparse.lead == "last" and (sparse.entropy or loops not in (["training"], ["finetuning"]) or not (sparse.score == "fresh" or sparse.score_every)):
+    if sparse.lead == "last" and (sparse.entropy or set(loops) - {"training", "finetuning"} or not (sparse.score == "fresh" or sparse.score_every)):
         yield "lead = last is a score of unrolled emulators, without an entropy: it needs [training] or [finetuning], and score = fresh or score_every"
     for name in loops:
         if sparse.min_active > (size := config.section(name).batch_size):
