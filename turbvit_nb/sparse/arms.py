@@ -6,7 +6,7 @@
 __all__ = ['HIGHER', 'Arm', 'read_arms', 'measured', 'is_higher', 'words', 'against', 'worth', 'arm_table', 'ratio_table',
            'cost_figure', 'findings', 'chosen_arm']
 
-# %% ../../nbs/sparse/09_arms.ipynb #41437b35
+# %% ../../nbs/sparse/09_arms.ipynb #7fdbf0ae
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,12 @@ import holoviews as hv
 import numpy as np
 import scipy.stats
 
-from ..lab.config import LabError, hint
+from ..lab.config import LabError, hint, registry
 from ..lab.plots import Table, curves, looks
 from ..lab.runs import read_metrics, stages
 from ..lab.sweeps import Sweep, read_sweep
 
-# %% ../../nbs/sparse/09_arms.ipynb #e6e77c28
-_STAGES = ("sparse", "classes", "train")
-
-
+# %% ../../nbs/sparse/09_arms.ipynb #7d51fe69
 @dataclass(frozen=True)
 class Arm:
     "The runs of one way to choose, by seed: the metrics after the last epoch."
@@ -51,7 +48,8 @@ def read_arms(
         rest = [f"{key.rpartition('.')[2]} {value}" for key, value in point.values.items() if key != "seed"]
         name = ", ".join([point.part.replace("_", " "), *rest])
         done = stages(point.folder) if point.folder.is_dir() else {}
-        stage = next((stage for stage in _STAGES if done.get(stage, {}).get("state") == "done"), None)
+        trained = [stage for stage, entry in registry()["stages"].items() if entry.get("trains") and done.get(stage, {}).get("state") == "done"]
+        stage = trained[-1] if trained else None
         if stage is None:
             missing.append(point.run)
             continue
