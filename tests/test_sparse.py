@@ -56,7 +56,7 @@ def config(home: Path, name: str, sparse: dict | None, training: dict | None = {
 
 
 METHODS = {
-    "blocks": dict(method="blocks"), "blocks, weighted": dict(method="blocks", reweight=True, power=0.5), "stratified": dict(method="stratified"),
+    "blocks": dict(method="blocks"), "blocks, weighted": dict(method="blocks", reweight=0.5, power=0.5), "stratified": dict(method="stratified"),
     "importance": dict(method="importance", target_activation=0.6), "infobatch": dict(method="infobatch"), "uniform": dict(method="uniform", target_activation=0.5),
     "adaptive": dict(method="adaptive", target_activation=0.5), "fresh": dict(method="adaptive", target_activation=0.5, score="fresh"),
     "fresh importance": dict(method="importance", target_activation=0.5, score="fresh"), "quantile": dict(method="adaptive", target_activation=0.5, controller="quantile"),

@@ -21,12 +21,12 @@ class Choice(NamedTuple):
     samples: np.ndarray  # (m,) int64
     weights: np.ndarray  # (m,) float32
 
-# %% ../../nbs/sparse/04_choosing.ipynb #4b198b1c
+# %% ../../nbs/sparse/04_choosing.ipynb #aed9347c
 def drawn(
     p: np.ndarray,  # (n,), not negative; scaled to a sum of one
     m: int,  # how many
     rng: np.random.Generator,
-    reweight: bool = False,  # weights 1/(n p), which leave the mean loss as it is
+    reweight: float = 0.0,  # β: the losses are weighted by (n p)^−β; 1 leaves the mean loss as it is
 ) -> Choice:
     "Samples drawn with probabilities, in random order."
     p = p / p.sum()
@@ -34,7 +34,8 @@ def drawn(
     teeth[-1] = np.floor(teeth[-1] + 0.5) if abs(teeth[-1] - m) < 0.5 else m  # sums are rounded
     samples = np.repeat(np.arange(len(p)), np.diff(teeth, prepend=0.0).astype(np.int64))
     samples = rng.permutation(samples)
-    weights = 1 / (len(p) * p[samples]) if reweight else np.ones(len(samples))
+    told = np.where(p > 0, (len(p) * np.maximum(p, 1e-300)) ** -reweight, 0.0)
+    weights = told[samples] / (p * told).sum()  # on average one
     return Choice(samples, weights.astype(np.float32))
 
 # %% ../../nbs/sparse/04_choosing.ipynb #351da436

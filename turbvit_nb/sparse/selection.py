@@ -46,7 +46,7 @@ class SparseConfig(Section):
     block: int = Field(15, ge=1)  # blocks: consecutive frames of a run that share a score
     power: float = Field(1.0, ge=0)  # blocks: of the score, in the probabilities
     mix: float = Field(0.8, ge=0, le=1)  # blocks, importance, adaptive with stale scores: the share that goes by score; the rest is random
-    reweight: bool = False  # blocks, stratified: weights that leave the mean loss as it is
+    reweight: float | None = Field(None, ge=0, le=1)  # exponent β of the weights (n p)^−β; None: 0.5 for blocks, 0 for stratified
     left_out: float = Field(0.5, gt=0, lt=1)  # infobatch: the share of the easy samples that a pass does without
     controller: Literal["pi", "quantile"] = "pi"  # adaptive: what moves the threshold
     kp: float = Field(0.3, ge=0)  # adaptive: gain of the change of the deviation
@@ -291,11 +291,12 @@ def choose(self: Selection, learner: Learner, places: dict[str, np.ndarray]) -> 
     if method == "uniform" or self.all_alike(learner):
         return gathered(lambda candidates: candidates, order, len(score), m)
     if method == "stratified":
-        return drawn(by_flow(places["flow"]), m, rng, settings.reweight)
+        return drawn(by_flow(places["flow"]), m, rng, settings.reweight or 0.0)
     if method == "blocks":
-        return drawn(by_score(block_means(score, places, settings.block), settings.power, settings.mix), m, rng, settings.reweight)
+        p = by_score(block_means(score, places, settings.block), settings.power, settings.mix)
+        return drawn(p, m, rng, 0.5 if settings.reweight is None else settings.reweight)
     if method == "importance":
-        return drawn(by_score(score, 0.5, settings.mix), m, rng, reweight=True)
+        return drawn(by_score(score, 0.5, settings.mix), m, rng, reweight=1.0)
     if method == "infobatch":
         return infobatch(score, order, m, rng, settings.left_out)
     if method == "reducible":
@@ -350,7 +351,7 @@ def chosen(self: Selection, score: np.ndarray, index: np.ndarray, learner: Learn
     if self.method == "reducible":
         return by_rank(score - self.left[index] / self.mean.mean, size)(np.arange(len(score))), None
     rng = np.random.default_rng([self.inner.seed, learner.epoch, self.cursor, 4])
-    return drawn(by_score(score, 0.5, settings.mix), size, rng, reweight=True)
+    return drawn(by_score(score, 0.5, settings.mix), size, rng, reweight=1.0)
 
 
 @patch
