@@ -326,16 +326,15 @@ def _watched(self: Selection, take: Callable) -> Callable:
 def watch(self: Selection, candidates: int, chosen: int) -> None:
     "Write down what share of a batch of candidates was chosen."
     self.epoch_seen += candidates
-    self.history.append((chosen / candidates, self.controller.threshold))
+    self.history.append((float(chosen / candidates), self.controller.threshold))
 
-# %% ../../nbs/sparse/06_selection.ipynb #da4a7eec
+# %% ../../nbs/sparse/06_selection.ipynb #ae791322
 @patch
 def pick(self: Selection, candidates: dict[str, Tensor], learner: Learner) -> dict[str, Tensor]:
     "Those of a batch of candidates that are trained on."
     score, index = self.measure(candidates).cpu().numpy(), candidates["index"].cpu().numpy()
     self.scores.see(self.rows[index], score)
     at, weights = self.chosen(score, index, learner)
-    self.watch(len(score), len(at))
     where = torch.from_numpy(at).to(candidates["index"].device)
     found = {name: value[where] for name, value in candidates.items()}
     return found if weights is None else found | {"weight": torch.from_numpy(weights).to(where.device)}
@@ -346,8 +345,11 @@ def chosen(self: Selection, score: np.ndarray, index: np.ndarray, learner: Learn
     "Which of some candidates are trained on, and their weights where they have some."
     size, settings = self.inner.batch_size, self.settings
     if self.method == "adaptive":
-        above = self.controller.active(torch.from_numpy(score)).numpy()
-        return np.flatnonzero(at_least(above, score, settings.min_active)), None
+        parts = [at_least(self.controller.active(torch.from_numpy(part)).numpy(), part, settings.min_active) for part in np.split(score, range(size, len(score), size))]
+        for part in parts:
+            self.watch(len(part), part.sum())
+        return np.flatnonzero(np.concatenate(parts)), None
+    self.watch(len(score), size)
     if self.method == "reducible":
         return by_rank(score - self.left[index] / self.mean.mean, size)(np.arange(len(score))), None
     rng = np.random.default_rng([self.inner.seed, learner.epoch, self.cursor, 4])
@@ -357,7 +359,7 @@ def chosen(self: Selection, score: np.ndarray, index: np.ndarray, learner: Learn
 @patch
 def next_candidates(self: Selection, epoch: int) -> dict[str, Tensor]:
     "The next batch of candidates of an epoch."
-    size = self.inner.batch_size if self.method == "adaptive" else self.group
+    size = self.group
     in_pass = max(1, len(self.inner.dataset) // size)
     number, place = divmod(self.cursor, in_pass)
     order = self.inner.order(epoch + 1_000_000 * number)
