@@ -32,7 +32,7 @@ def read_methods(
     arms, missing = read_arms(asked.sweep)
     reference = chosen_arm(arms, asked.reference)
     for name in asked.uniform:
-        chosen_arm(arms, name)
+        chosen_arm(arms, name, "uniform")
     known = measured(arms)
     if unknown := [key for key in asked.metrics if key not in known]:
         raise LabError(f"methods.metrics: {unknown[0]} is not measured in all runs; there are {', '.join(known)}")

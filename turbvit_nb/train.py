@@ -8,7 +8,6 @@ __all__ = ['HIGHER', 'TrainingConfig', 'build_data', 'build_emulator', 'build_ba
 
 # %% ../nbs/02_train.ipynb #141ea6ce
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from .datasets import Batches, FrameDataset, climatology, statistics, training_batches, training_sets
 from .forecast.validation import Validation, can_roll
 from .lab.checkpoints import Identity, check_owner
-from .lab.config import registry
+from .lab.config import ours, registry
 from .lab.learner import Callback, Learner, step_generator
 from .lab.progress import note
 from .lab.runs import Run
@@ -55,8 +54,7 @@ def _builder(model: ModelConfig) -> Callable[[ModelConfig, FrameDataset], Emulat
     "Who builds the emulator of a [model] section: the chapter that one of its keys belongs to, or this one."
     for key, where in registry()["emulators"].items():
         if getattr(model, key):
-            module, _, name = where.partition(":")
-            return getattr(import_module(f"turbvit_nb.{module}"), name)
+            return ours(where)
     steps = lambda dataset: dict(step=dataset.step, input_step=dataset.input_step)
     return lambda model, dataset: create_emulator(model, statistics(dataset), **steps(dataset))
 

@@ -209,10 +209,15 @@ def numbers(self: FrameDataset, tree: int) -> np.ndarray:
     return np.intersect1d(ranges, self.stores[tree].frames)
 
 # %% ../../nbs/data/01_frames.ipynb #c225a18f
+def _conditions(dataset: FrameDataset) -> list[tuple[float, ...]]:
+    "The parameters of the flows, each flow once, in the order in which they come first."
+    return list(dict.fromkeys(r.conditions() for r in dataset.regimes))
+
+
 @patch(as_prop=True)
 def flows(self: FrameDataset) -> list[str]:
     "The flows of the runs in the order in which they come first, each named by the parameters in which they differ."
-    told = list(dict.fromkeys(r.conditions() for r in self.regimes))
+    told = _conditions(self)
     differ = [i for i in range(len(CONDITIONS)) if len({c[i] for c in told}) > 1]
     return [", ".join(f"{CONDITIONS[i]} {c[i]:g}" for i in differ) or "one flow" for c in told]
 
@@ -220,7 +225,7 @@ def flows(self: FrameDataset) -> list[str]:
 @patch
 def places(self: FrameDataset) -> dict[str, np.ndarray]:  # run, frame, flow, each (n,)
     "Where each sample comes from: its run, its newest input frame, and its flow, a place in `flows`."
-    told = list(dict.fromkeys(r.conditions() for r in self.regimes))
+    told = _conditions(self)
     flow = np.array([told.index(r.conditions()) for r in self.regimes])
     return {"run": self.tree, "frame": self.frame, "flow": flow[self.tree]}
 

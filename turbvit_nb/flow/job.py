@@ -17,7 +17,7 @@ from .generative import Generative, Method, drawn_losses
 from .sampling import METHODS, evaluations
 from .teaching import Draws, EnsembleValidation, left_over, measure_levels
 from ..lab.checkpoints import Identity, check_owner, save
-from ..lab.config import Config, LabError, hint, named_file
+from ..lab.config import Config, LabError, hint, named_file, needed_file
 from ..lab.learner import Callback, Learner
 from ..lab.runs import Run
 from ..lab.training import LoopConfig, fit
@@ -112,9 +112,7 @@ def drawn_about(run: Run) -> Emulator | None:
     named = run.config.section("flow").around
     if named is None:
         return None
-    if (path := named_file(named)) is None:
-        raise LabError(f"flow.around = {named} is not there; train it first, or give the path of a checkpoint")
-    return load_emulator(path, run.device)
+    return load_emulator(needed_file("flow.around", named), run.device)
 
 
 def build_generative(

@@ -104,6 +104,12 @@ def read(
 
 
 @patch
+def flow_of(self: Validation, count: int) -> Tensor:  # (count,)
+    "The flows of the samples that were read last, so many of them."
+    return torch.from_numpy(self.dataset.places()["flow"][evenly(len(self.dataset), count)])
+
+
+@patch
 def one_step(
     self: Validation,
     emulator: Emulator,
@@ -116,7 +122,7 @@ def one_step(
     found = torch.cat([losses(emulator, piece) for piece in pieces]).double().cpu()
     scores = {"validation_loss": found.mean().item(), "validation_loss_99": found.quantile(0.99).item()}
     if len(self.dataset.flows) > 1:
-        flow = torch.from_numpy(self.dataset.places()["flow"][evenly(len(self.dataset), self.samples)])
+        flow = self.flow_of(self.samples)
         scores |= {f"validation_loss {name}": found[flow == i].mean().item() for i, name in enumerate(self.dataset.flows)}
     return scores
 
@@ -163,7 +169,7 @@ def by_flow(self: Validation, scores: dict[str, Tensor]) -> dict[str, float]:
     "What `summarise` says of rollouts, and where there are several flows error and horizon of each."
     found = summarise(scores)
     if len(self.dataset.flows) > 1:
-        flow = torch.from_numpy(self.dataset.places()["flow"][evenly(len(self.dataset), self.starts)])
+        flow = self.flow_of(self.starts)
         for i, name in enumerate(self.dataset.flows):
             if (here := flow == i).any():
                 one = summarise({key: value[here] for key, value in scores.items()})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LabError', 'disk_trouble', 'is_users', 'in_one_line', 'load_ipython_extension', 'hint', 'Section', 'root', 'nbs_dir',
-           'runs_dir', 'data_path', 'run_folder', 'named_file', 'find_config', 'read_toml', 'Top', 'registry',
-           'schemas', 'schema', 'Config', 'load_config', 'code_version']
+           'runs_dir', 'data_path', 'run_folder', 'named_file', 'needed_file', 'find_config', 'read_toml', 'Top',
+           'registry', 'ours', 'schemas', 'schema', 'Config', 'load_config', 'code_version']
 
 # %% ../../nbs/lab/00_config.ipynb #f51763b5
 import errno
@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,16 @@ def named_file(
     places = [Path(name).expanduser(), run_folder(name)] if name else []
     return next((path for path in places if path.is_file()), None)
 
+
+def needed_file(
+    key: str,  # of the config, for the message
+    name: str | os.PathLike,  # what it says
+) -> Path:
+    "The file that a key names. Raises `LabError` where it is not there."
+    if (path := named_file(name)) is None:
+        raise LabError(f"{key} = {name} is not there; train it first, or give the path of a checkpoint")
+    return path
+
 # %% ../../nbs/lab/00_config.ipynb #ba0c2240
 def _nearest(path: Path) -> str:
     "`; the nearest is …` among the files or runs of the same kind, or an empty string."
@@ -296,6 +307,14 @@ class Top(Section):
 def registry() -> dict[str, dict]:  # "sections" and "stages"
     "What the chapters have announced, see `turbvit_nb/registry.toml`."
     return tomllib.loads((_PACKAGE / "registry.toml").read_text(encoding="utf-8"))
+
+
+def ours(
+    where: str,  # "module:name", as the registry has it
+) -> Any:
+    "What the registry names."
+    module, _, name = where.partition(":")
+    return getattr(import_module(f"{_PACKAGE.name}.{module}"), name)
 
 
 @cache

@@ -9,7 +9,6 @@ __all__ = ['PRECISION', 'LoopConfig', 'build_optimizer', 'restored_optimizer', '
 # %% ../../nbs/lab/05_training.ipynb #a110ee7c
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from . import learner as lab
 from .checkpoints import Identity, check_owner, save
-from .config import LabError, Section, registry
+from .config import LabError, Section, ours, registry
 from .learner import Callback, EpochBatches, Learner
 from .runs import Run, Stopped
 
@@ -161,8 +160,7 @@ def announced(
     found = []
     for section, where in registry()["callbacks"].items():
         if run.config.has(section):
-            module, _, name = where.partition(":")
-            found += getattr(import_module(f"turbvit_nb.{module}"), name)(run, batches)
+            found += ours(where)(run, batches)
     return found
 
 # %% ../../nbs/lab/05_training.ipynb #4f896142

@@ -170,8 +170,8 @@ def findings(arms: Mapping[str, Arm], reference: Arm, uniform: Sequence[str], ke
     return said
 
 
-def chosen_arm(arms: Mapping[str, Arm], name: str) -> Arm:
-    "An arm by its name. Raises `LabError`."
+def chosen_arm(arms: Mapping[str, Arm], name: str, key: str = "reference") -> Arm:
+    "The arm that a key of [methods] names. Raises `LabError`."
     if name not in arms:
-        raise LabError(f"methods.reference = {name} is no arm with a run that is done; there are {', '.join(arms) or 'none'}" + hint(name, arms))
+        raise LabError(f"methods.{key} = {name} is no arm with a run that is done; there are {', '.join(arms) or 'none'}" + hint(name, arms))
     return arms[name]

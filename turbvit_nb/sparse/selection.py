@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Method', 'PASSING', 'FRESH', 'ENTROPIES', 'OF', 'SparseConfig', 'Selection', 'selection']
 
-# %% ../../nbs/sparse/06_selection.ipynb #7b8f4550
+# %% ../../nbs/sparse/06_selection.ipynb #b2bafe32
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..datasets import Batches
-from ..lab.config import Config, LabError, Section, named_file
+from ..lab.config import Config, LabError, Section, named_file, needed_file
 from ..lab.learner import Callback, Learner
 from ..lab.progress import note, progress
 from ..lab.runs import Run
@@ -80,7 +80,8 @@ def _impossible(sparse: SparseConfig, config: Config) -> Iterator[str]:
         yield "method = reducible and teacher belong together: it needs the checkpoint of a better emulator, and no other method looks at one"
     if (sparse.entropy is None) != (sparse.entropy_weight == 0):
         yield "entropy and entropy_weight belong together: give both, or neither"
-    if sparse.entropy and [name for name in OF.values() if config.has(name)] != [OF[name] for name in OF if name == sparse.entropy]:
+    owner = OF.get(sparse.entropy)
+    if sparse.entropy and [name for name in OF.values() if config.has(name)] != ([owner] if owner else []):
         yield f"entropy = {sparse.entropy} is not of this training: classes is of [classes], variance of [flow], residual of emulators that do not draw"
     if method == "reducible" and config.has("classes"):
         yield "method = reducible asks a better emulator: it is not for [classes]"
@@ -122,6 +123,7 @@ class Selection(Callback):
         self.controller = kind((settings.target_activation - self.anyway) / (1 - self.anyway), **gains)
         self.plan, self.left, self.cursor = None, np.empty(0), 0
         self.buffer: dict[str, Tensor] = {}
+        self.under_way: tuple[tuple[int, int] | None, np.ndarray] = (None, np.empty(0, np.int64))  # epoch and pass of the candidates, their order
         self.trained = self.scored = self.epoch_trained = self.epoch_seen = 0
         self.history: list[tuple[float, float]] = []  # activation and threshold after each batch of candidates
         self.pending: list[tuple[np.ndarray, Tensor]] = []
@@ -210,10 +212,16 @@ def measure(self: Selection, batch: dict[str, Tensor]) -> Tensor:  # (B,)
 @patch
 def score_all(self: Selection, learner: Learner) -> None:
     "Score every sample with the weights of the moment."
+    for samples, batch in self.pieces("scoring all samples"):
+        self.scores.see(self.rows[samples], self.measure(batch).cpu().numpy())
+
+
+@patch
+def pieces(self: Selection, desc: str) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    "All samples, several batches at a time, under a meter."
     every, size = np.arange(len(self.inner.dataset)), 4 * self.inner.batch_size
-    for at in progress(range(0, len(every), size), desc="scoring all samples"):
-        batch = self.fetch(every[at : at + size])
-        self.scores.see(self.rows[every[at : at + size]], self.measure(batch).cpu().numpy())
+    for at in progress(range(0, len(every), size), desc=desc):
+        yield every[at : at + size], self.fetch(every[at : at + size])
 
 
 @patch
@@ -226,12 +234,10 @@ def fetch(self: Selection, samples: np.ndarray) -> dict[str, Tensor]:
 @torch.no_grad()
 def learn_from_teacher(self: Selection) -> None:
     "What the better model leaves of every sample, once."
-    n, size = len(self.inner.dataset), 4 * self.inner.batch_size
-    self.left = np.empty(n)
-    for at in progress(range(0, n, size), desc="losses of the teacher"):
-        batch = self.fetch(np.arange(at, min(at + size, n)))
-        self.left[at : at + size] = self.teacher(batch["x"], batch["cond"], batch["y"]).double().cpu().numpy()
-        self.scored += len(batch["x"]) * _leads(batch)
+    self.left = np.empty(len(self.inner.dataset))
+    for samples, batch in self.pieces("losses of the teacher"):
+        self.left[samples] = self.teacher(batch["x"], batch["cond"], batch["y"]).double().cpu().numpy()
+        self.scored += len(samples) * _leads(batch)
 
 # %% ../../nbs/sparse/06_selection.ipynb #a03a94a4
 @patch
@@ -362,9 +368,10 @@ def next_candidates(self: Selection, epoch: int) -> dict[str, Tensor]:
     size = self.group
     in_pass = max(1, len(self.inner.dataset) // size)
     number, place = divmod(self.cursor, in_pass)
-    order = self.inner.order(epoch + 1_000_000 * number)
+    if self.under_way[0] != (epoch, number):
+        self.under_way = (epoch, number), self.inner.order(epoch + 1_000_000 * number)
     self.cursor += 1
-    return self.inner.made_of(order[place * size : (place + 1) * size], epoch, self.cursor)
+    return self.inner.made_of(self.under_way[1][place * size : (place + 1) * size], epoch, self.cursor)
 
 
 @patch
@@ -445,9 +452,5 @@ def selection(
     dataset = batches.dataset
     if not isinstance(dataset, Placed):
         raise LabError("[sparse] chooses among frames of flows or labelled pictures: leave it out of this config")
-    teacher = None
-    if settings.teacher:
-        if (path := named_file(settings.teacher)) is None:
-            raise LabError(f"sparse.teacher = {settings.teacher} is not there; train it first, or give the path of a checkpoint")
-        teacher = load_emulator(path, run.device)
+    teacher = load_emulator(needed_file("sparse.teacher", settings.teacher), run.device) if settings.teacher else None
     return [Selection(settings, batches, teacher), Spent()]
