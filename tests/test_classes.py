@@ -15,7 +15,8 @@ from same_bits import StopSoon, equal
 from turbvit_nb.classes import build_classes, flipped, train_classes
 from turbvit_nb.flow.images import shapes
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics
+from turbvit_nb.lab.files import read_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run, read_metrics
 from turbvit_nb.sparse.classes import create_classifier, load_classifier
 from turbvit_nb.sparse.selection import Selection
 

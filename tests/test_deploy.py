@@ -15,7 +15,8 @@ from turbvit_nb.deploy import deploy_run
 from turbvit_nb.inference import RolloutJob, infer
 from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.runs import open_run, read_checkpoint, write_checkpoint
+from turbvit_nb.lab.files import read_checkpoint, write_checkpoint
+from turbvit_nb.lab.runs import open_run
 from turbvit_nb.long_analysis import long_analysis
 from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state, evaluating, load_emulator, rollout
 from turbvit_nb.networks.transformers import FEATURES

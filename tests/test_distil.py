@@ -25,8 +25,9 @@ from turbvit_nb.distil import distil
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.files import read_checkpoint, write_checkpoint
 from turbvit_nb.lab.jobs import steps
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run, read_metrics
 from turbvit_nb.lab.training import build_optimizer
 from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state, load_emulator, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime

@@ -11,7 +11,8 @@ from turbvit_nb.flow.generative import Generative
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.lab.files import read_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, emulator_state, load_emulator
 from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.study.entries import cost

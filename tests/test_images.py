@@ -13,7 +13,8 @@ from turbvit_nb.flow.scores import set_distances
 from turbvit_nb.images import train_images
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.lab.files import read_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.model import load_emulator
 
 

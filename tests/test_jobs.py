@@ -25,8 +25,9 @@ from turbvit_nb.cli import app
 from turbvit_nb.lab import jobs
 from turbvit_nb.lab.config import find_config, is_users
 from turbvit_nb.lab.demo import DEMO
+from turbvit_nb.lab.files import read_checkpoint
 from turbvit_nb.lab.jobs import chapters, run_job
-from turbvit_nb.lab.runs import Lock, open_run, read_checkpoint, read_metrics, stages
+from turbvit_nb.lab.runs import Lock, open_run, read_metrics, stages
 from turbvit_nb.train import train
 
 CONFIG = """

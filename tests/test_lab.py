@@ -20,7 +20,8 @@ from nbclient.exceptions import CellExecutionError
 from turbvit_nb.lab import config as lab_config
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.config import LabError, Section, load_config
-from turbvit_nb.lab.runs import atomic, open_run, read_checkpoint, read_metrics, stages
+from turbvit_nb.lab.files import atomic, read_checkpoint
+from turbvit_nb.lab.runs import open_run, read_metrics, stages
 from turbvit_nb.train import train
 
 

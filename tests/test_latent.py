@@ -16,7 +16,8 @@ from turbvit_nb.datasets import training_sets
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.lab.files import read_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.latent.coder import load_coder
 from turbvit_nb.latent.emulator import LatentEmulator
 from turbvit_nb.latent.generative import LatentGenerative

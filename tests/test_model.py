@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from turbvit_nb.lab.checkpoints import ROLES, Identity, as_state, identify
 from turbvit_nb.lab.config import Config, LabError
-from turbvit_nb.lab.runs import write_checkpoint
+from turbvit_nb.lab.files import write_checkpoint
 from turbvit_nb.layers.attention import attending, plain_attention
 from turbvit_nb.layers.convolution import CircularConv
 from turbvit_nb.layers.embed import TubeletConv

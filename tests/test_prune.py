@@ -23,7 +23,8 @@ from turbvit_nb.compress.units import unit_named
 from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import Identity, as_state, identify, results_in
 from turbvit_nb.lab.config import LabError
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics, write_checkpoint
+from turbvit_nb.lab.files import read_checkpoint, write_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run, read_metrics
 from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, load_emulator, losses, rollout
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime
 from turbvit_nb.prune import Stages, open_stages, prune, read_pruning
@@ -309,7 +310,7 @@ def test_a_process_killed_while_finetuning(home, reference):
 
 
 def test_accumulated_gradients_stay_pruned_and_resume(home, monkeypatch):
-    "Stopped between two batches of one step of the optimizer, the third batch of four."
+    "Asked to stop between two batches of one step of the optimizer, after the third of four."
     more, tune = dict(prune_schedule=[0.5], epoch_schedule=[2]), dict(accumulate=2, batch_size=16)
     run, after_batch = start(home, "accumulated", more, tune), HoldMasks.after_batch
     prune(run)
@@ -319,7 +320,7 @@ def test_accumulated_gradients_stay_pruned_and_resume(home, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(HoldMasks, "after_batch", lambda self, learner: setattr(learner, "stop", "SIGTERM") if learner.step == 3 else None)
         prune(again)
-    assert "gradients" in again.load("prune1_last") and HoldMasks.after_batch is after_batch
+    assert again.load("prune1_last")["step"] == 4 and HoldMasks.after_batch is after_batch
     again.close()
     prune(open_run(again.path, "prune"))
     ours, theirs = (read_checkpoint(each / "checkpoints" / checkpoint.name)["model_state"] for each in (again.path, run.path))

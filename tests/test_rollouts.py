@@ -16,7 +16,8 @@ from turbvit_nb.climate.rollouts import RolloutWriter, open_rollouts
 from turbvit_nb.inference import infer, run_movie
 from turbvit_nb.lab.checkpoints import Identity, as_state
 from turbvit_nb.lab.config import Config, LabError
-from turbvit_nb.lab.runs import open_run, write_checkpoint
+from turbvit_nb.lab.files import write_checkpoint
+from turbvit_nb.lab.runs import open_run
 from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state
 
 sys.path.insert(0, str(Path(__file__).parent))

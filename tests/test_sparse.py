@@ -11,8 +11,9 @@ from turbvit_nb.datasets import training_sets
 from turbvit_nb.distil import distil
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.lab.config import LabError, load_config
+from turbvit_nb.lab.files import read_checkpoint
 from turbvit_nb.lab.jobs import steps
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint, read_metrics
+from turbvit_nb.lab.runs import Stopped, open_run, read_metrics
 from turbvit_nb.latent.job import train_latent
 from turbvit_nb.methods import read_methods
 from turbvit_nb.model import load_emulator

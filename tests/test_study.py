@@ -12,8 +12,9 @@ from turbvit_nb.compare import compare, study_of
 from turbvit_nb.compress.masks import Masks, prunable
 from turbvit_nb.lab.checkpoints import Identity, attributes, as_state
 from turbvit_nb.lab.config import LabError
+from turbvit_nb.lab.files import write_checkpoint
 from turbvit_nb.lab.results import write_netcdf
-from turbvit_nb.lab.runs import open_run, write_checkpoint
+from turbvit_nb.lab.runs import open_run
 from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, emulator_state
 from turbvit_nb.study.costs import measure_latency
 from turbvit_nb.study.entries import CompareConfig, gather

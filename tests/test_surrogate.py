@@ -13,7 +13,8 @@ from same_bits import StopSoon, equal
 from turbvit_nb.arrays import keep_codes, train_surrogate
 from turbvit_nb.condition import best_surrogate, train_condition
 from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.runs import Stopped, open_run, read_checkpoint
+from turbvit_nb.lab.files import read_checkpoint
+from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.latent.arrays import PROBLEMS, problem, read_solutions, relative_errors
 from turbvit_nb.latent.conditioners import TrajectoryPOD, gaussian_process, interpolated, radial
 from turbvit_nb.latent.trajectories import load_trajectories

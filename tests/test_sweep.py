@@ -10,8 +10,9 @@ import torch
 from test_jobs import config, epochs, one_line, place, start, turbvit, wait_for  # noqa: F401 (place is a fixture)
 
 from turbvit_nb.lab.config import LabError, load_config
+from turbvit_nb.lab.files import read_checkpoint
 from turbvit_nb.lab.jobs import JobError
-from turbvit_nb.lab.runs import Lock, open_run, read_checkpoint, stages
+from turbvit_nb.lab.runs import Lock, open_run, stages
 from turbvit_nb.lab.sweeping import LOCK, Sweeping, choose, count, look
 from turbvit_nb.lab.sweeps import points, read_sweep
 

@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 from .datasets import Batches
 from .lab.checkpoints import Identity
 from .lab.config import Config, LabError
+from .lab.files import atomic
 from .lab.learner import Callback, Learner
 from .lab.results import file_mark
-from .lab.runs import Run, atomic
+from .lab.runs import Run
 from .lab.training import LoopConfig, fit
 from .latent.arrays import read_solutions
 from .latent.coder import CoderDraws, Error, coder_losses

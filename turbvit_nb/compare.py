@@ -15,7 +15,8 @@ import numpy as np
 import xarray as xr
 
 from .lab.config import LabError
-from .lab.runs import Run, atomic
+from .lab.files import atomic
+from .lab.runs import Run
 from .study.coders import Coding, coder_findings, coder_table, codings
 from .study.costs import measure_latency
 from .study.differences import differences, pruning_costs

@@ -27,8 +27,9 @@ from .compress.programs import PRECISIONS
 from .datasets import check_fit, ensure_data, open_dataset, scored_section
 from .lab.checkpoints import Identity, check_owner, identify, results_in, save
 from .lab.config import Config, LabError, Section, hint
+from .lab.files import atomic
 from .lab.progress import note, progress
-from .lab.runs import Run, atomic
+from .lab.runs import Run
 from .model import Emulator, Kind, check_start, emulator_state, evaluating
 from .model import load_emulator, rollout, states
 

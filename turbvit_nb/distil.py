@@ -23,8 +23,9 @@ from .emulators.files import averaged
 from .forecast.validation import Validation, can_roll, summarise
 from .lab.checkpoints import Identity, check_owner, identity_of, results_in, save
 from .lab.config import Config, LabError, run_folder
+from .lab.files import read_checkpoint
 from .lab.learner import EMA, Callback, Learner
-from .lab.runs import Run, read_checkpoint, read_metrics
+from .lab.runs import Run, read_metrics
 from .lab.training import restored_optimizer
 from .layers.attention import Block
 from turbvit_nb.model import (

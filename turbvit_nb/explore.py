@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .lab.config import LabError
-from .lab.runs import atomic
+from .lab.files import atomic
 from .study.page import html_of, page
 from .study.shown import collect
 

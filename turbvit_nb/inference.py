@@ -23,9 +23,10 @@ from .climate.rollouts import Limits, Rollout, RolloutWriter, blown_up, limits_o
 from .datasets import FrameDataset, check_fit, ensure_data, open_dataset, scored_section, to_velocity
 from .lab.checkpoints import as_state, identify, results_in
 from .lab.config import Config, LabError, Section
+from .lab.files import atomic
 from .lab.films import make_movie
 from .lab.progress import Meter, note
-from .lab.runs import Run, atomic
+from .lab.runs import Run
 from .model import Kind, State, check_start, evaluating, load_emulator, states
 
 # %% ../nbs/04_inference.ipynb #877d6e99

@@ -19,7 +19,8 @@ import torch
 
 from .lab.checkpoints import Identity, identity_of, results_in
 from .lab.config import LabError, run_folder
-from .lab.runs import read_checkpoint, stages
+from .lab.files import read_checkpoint
+from .lab.runs import stages
 from .physics.importers import open_archive
 from turbvit_nb.physics.py2d import (
     CONDITIONS,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .lab.config import LabError, Section, data_path, load_config
-from .lab.runs import read_checkpoint
+from .lab.files import read_checkpoint
 from .model import Emulator, Normaliser, create_model, load_weights, plain_weights, register
 from .physics.py2d import open_store
 

@@ -52,9 +52,10 @@ from turbvit_nb.datasets import (
 from .forecast.scores import marked_wavenumbers
 from .lab.checkpoints import attributes
 from .lab.config import LabError, run_folder
+from .lab.files import earlier
 from .lab.progress import note
 from .lab.results import fingerprint, is_same, picked, up_to_date, write_netcdf
-from .lab.runs import Run, earlier
+from .lab.runs import Run
 from .physics.py2d import Regime
 from .physics.spectral import Grid
 

@@ -31,9 +31,11 @@ from .datasets import Batches, FrameDataset, check_fit
 from .forecast.validation import Validation, can_roll
 from .lab.checkpoints import check_owner, identify, results_in, save
 from .lab.config import LabError, run_folder
+from .lab.files import read_checkpoint
 from .lab.learner import EMA, Callback
 from .lab.progress import note
-from .lab.runs import Run, read_checkpoint, seed_everything
+from .lab.ranks import first_alone
+from .lab.runs import Run, seed_everything
 from .lab.training import restored_optimizer
 from .model import losses
 from turbvit_nb.train import (
@@ -197,7 +199,9 @@ def prices(
 ) -> Tensor:  # (n,) milliseconds
     "What each piece takes, by `latency.json` of the run, which is measured where there is none."
     table, batch_size = self.run.path / "latency.json", self.wanted.latency_batch_size
-    return costs(kept_latency(table, pruning.emulator, batch_size), pieces)
+    with first_alone():
+        measured = kept_latency(table, pruning.emulator, batch_size)
+    return costs(measured, pieces)
 
 # %% ../nbs/03_prune.ipynb #9ba0b3c7
 @patch

@@ -20,6 +20,7 @@ from .lab.checkpoints import Identity, check_owner
 from .lab.config import ours, registry
 from .lab.learner import Callback, Learner, step_generator
 from .lab.progress import note
+from .lab.ranks import own, ranks
 from .lab.runs import Run
 from .lab.training import LoopConfig, fit
 from turbvit_nb.model import (
@@ -132,7 +133,8 @@ class InputNoise(Callback):
         "Draw and add."
         x = learner.batch["x"]
         generator = step_generator(self.seed, learner.step, x.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        whole = (len(x) * ranks().world, *x.shape[1:])
+        noise = own(torch.randn(whole, generator=generator, device=x.device, dtype=x.dtype))
         learner.batch["x"] = x + self.scale * self.std.view(-1, 1, 1, 1) * noise
 
 # %% ../nbs/02_train.ipynb #fab64446

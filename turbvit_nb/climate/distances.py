@@ -20,8 +20,8 @@ import xarray as xr
 
 # %% ../../nbs/climate/10_distances.ipynb #a9741935
 from ..lab.checkpoints import identity_from, order
+from ..lab.files import result_file
 from ..lab.results import read_netcdf
-from ..lab.runs import result_file
 from ..physics.budgets import Stationarity, excess_time, stationarity
 from ..physics.metrics import Histogram, log_spectral_distance, wasserstein
 from turbvit_nb.physics.statistics import (

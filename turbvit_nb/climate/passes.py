@@ -25,15 +25,15 @@ import xarray as xr
 from torch import Tensor
 
 # %% ../../nbs/climate/09_passes.ipynb #700a9c5f
+from . import laws, means, spectra  # their diagnostics enter the registry
 from .diagnostics import DIAGNOSTICS, Diagnostic, Setting
 from .extremes import EXTREMES
 from .frames import FrameSums, Piece
 from .keys import AnalysisConfig
-from . import laws, means, spectra  # their diagnostics enter the registry
 from .records import Record
 from ..lab.config import LabError
+from ..lab.files import atomic, result_file
 from ..lab.progress import Meter, note
-from ..lab.runs import atomic, result_file
 
 # %% ../../nbs/climate/09_passes.ipynb #3d9b12ae
 def switched_on(config: AnalysisConfig) -> list[str]:

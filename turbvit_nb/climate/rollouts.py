@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..datasets import FrameDataset, to_velocity
 from ..lab.checkpoints import Identity, identity_of, order
 from ..lab.config import LabError
-from ..lab.runs import atomic, result_file
+from ..lab.files import atomic, result_file
 from ..physics.py2d import Regime, open_store
 from ..physics.spectral import Grid
 

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .masks import prunable
 from ..lab.config import LabError
+from ..lab.ranks import counted, own, ranks, summed
 
 # %% ../../nbs/compress/01_criteria.ipynb #3a6d4406
 Losses = Callable[[nn.Module, dict], Tensor]
@@ -125,9 +126,9 @@ def sample_mean(
         count += len(next(iter(gradients.values())))
         for name, g in gradients.items():
             sums[name] += of(g).sum(0, dtype=torch.float64)
-    if not count:
+    if not (count := counted(count)):
         raise LabError("no batch to score the weights on: give at least one")
-    return {name: total.detach() / count for name, total in sums.items()}
+    return {name: summed(total.detach()) / count for name, total in sums.items()}
 
 # %% ../../nbs/compress/01_criteria.ipynb #e193b6a6
 def l1(
@@ -184,7 +185,8 @@ def _with_signs(batches: Iterable[dict], seed: int) -> Iterator[dict]:
     "The batches with a random sign ±1 for each number of `y`: `signs` (B, n)."
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        drawn = torch.randint(2, batch["y"].flatten(1).shape, generator=generator)
+        n, size = batch["y"].flatten(1).shape
+        drawn = own(torch.randint(2, (n * ranks().world, size), generator=generator))
         yield batch | {"signs": (2 * drawn - 1).to(batch["y"])}
 
 

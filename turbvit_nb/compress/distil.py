@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..lab.config import Config, LabError, Section, named_file
 from ..lab.learner import Callback, Learner
+from ..lab.ranks import averaged
 from ..lab.runs import Run
 from ..layers.attention import Block
 from turbvit_nb.model import (
@@ -306,8 +307,6 @@ def _begin(self: Distil, device: torch.device) -> None:
     if weights and state:
         self.projectors.load_state_dict(state["projectors"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, gradient in zip(weights, state["gradients"]):
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 
 @patch
@@ -316,6 +315,9 @@ def before_step(self: Distil, learner: Learner) -> None:
     if self.optimizer is None:
         return
     self.optimizer.param_groups[0]["lr"] = learner.lr
+    for parameter in self.projectors.parameters():
+        if parameter.grad is not None:
+            parameter.grad = averaged(parameter.grad)
     learner.scaler.unscale_(self.optimizer)
     learner.scaler.step(self.optimizer)
     self.optimizer.zero_grad(set_to_none=True)
@@ -324,13 +326,12 @@ def before_step(self: Distil, learner: Learner) -> None:
 @patch
 def state(self: Distil) -> dict:
     "Sums, projectors and their optimizer."
-    sums = {name: total.item() for name, total in self.sums.items()}
+    sums = {name: averaged(total).item() for name, total in self.sums.items()}
     known = {"sums": sums, "count": self.count}
     if self.optimizer is None:
         return known
-    gradients = [parameter.grad for parameter in self.projectors.parameters()]
     own = {"projectors": self.projectors.state_dict(), "optimizer": self.optimizer.state_dict()}
-    return known | own | {"gradients": gradients}
+    return known | own
 
 
 @patch
@@ -389,7 +390,7 @@ def after_loss(self: Distil, learner: Learner) -> None:
 def after_epoch(self: Distil, learner: Learner) -> None:
     "Put the means of the terms among the metrics."
     for name, total in self.sums.items():
-        learner.metrics[f"distil_{name}"] = total.item() / max(self.count, 1)
+        learner.metrics[f"distil_{name}"] = averaged(total).item() / max(self.count, 1)
         total.zero_()
     self.count = 0
 

@@ -18,6 +18,7 @@ from turbvit_nb.compress.criteria import (
 )
 from .masks import prunable
 from ..lab.config import LabError
+from ..lab.ranks import counted, summed
 from ..layers.attention import MLP, Attention
 
 # %% ../../nbs/compress/03_gates.ipynb #6709e592
@@ -115,9 +116,9 @@ def _mean_gates(
         gradients = gate_gradients(model, batch, losses, of)
         sums = [total + g.abs().sum(0, dtype=torch.float64) for total, g in zip(sums, gradients)]
         count += len(gradients[0])
-    if not count:
+    if not (count := counted(count)):
         raise LabError("no batch to score the heads and channels on: give at least one")
-    return [total / count for total in sums]
+    return [summed(total) / count for total in sums]
 
 
 def head_gates(
@@ -142,7 +143,7 @@ def _groups(site: Site, gradient: Tensor, channels: int) -> list[Tensor]:
 def _mean_loss(model: nn.Module, batches: list[dict], losses: Losses) -> float:
     "Over all samples."
     each = torch.cat([losses(model, batch) for batch in batches])
-    return each.mean(dtype=torch.float64).item()
+    return (summed(each.sum(dtype=torch.float64)) / counted(len(each))).item()
 
 
 def leave_one_out(

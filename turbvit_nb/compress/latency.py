@@ -26,8 +26,8 @@ from torch import Tensor
 from .materialize import narrower
 from .units import Part, Pieces
 from ..lab.config import LabError
+from ..lab.files import atomic
 from ..lab.progress import progress
-from ..lab.runs import atomic
 from ..model import Emulator
 
 # %% ../../nbs/compress/08_latency.ipynb #d9e2460e

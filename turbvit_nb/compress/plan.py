@@ -23,7 +23,7 @@ from .selection import SCOPES, select
 from .stages import Pruning, WayBack, epoch_file, read_pruning, rewind
 from .units import unit_named
 from ..lab.config import Config, LabError, hint, load_config, named_file
-from ..lab.runs import read_checkpoint
+from ..lab.files import read_checkpoint
 from ..model import Kind, check_start, create_model
 
 # %% ../../nbs/compress/13_plan.ipynb #418265c6

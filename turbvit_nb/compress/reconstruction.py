@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from .criteria import CRITERIA, NEEDS_BATCHES, Losses, Scores, evaluation
 from .masks import Masks, prunable
 from ..lab.config import LabError
+from ..lab.ranks import counted, summed
 from ..model import losses as emulator_losses
 
 # %% ../../nbs/compress/02_reconstruction.ipynb #851d7f2a
@@ -86,9 +87,9 @@ def input_sums(
     finally:
         for hook in hooks:
             hook.remove()
-    if not count:
+    if not (count := counted(count)):
         raise LabError("no batch to look at the inputs of the layers: give at least one")
-    return {name: total / count for name, total in sums.items()}
+    return {name: summed(total) / count for name, total in sums.items()}
 
 # %% ../../nbs/compress/02_reconstruction.ipynb #7109695d
 def _bias(module: nn.Module) -> Tensor | None:

@@ -22,8 +22,8 @@ from .schedules import Step
 from .units import Pieces
 from ..lab.checkpoints import Identity, identity_of
 from ..lab.config import LabError
+from ..lab.files import read_checkpoint
 from ..lab.learner import Callback, Cosine, Learner, Warmup
-from ..lab.runs import read_checkpoint
 from ..lab.training import LoopConfig
 from ..model import Emulator, card, emulator_state, load_emulator, load_weights
 

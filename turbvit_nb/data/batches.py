@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from .frames import FrameDataset
 from ..lab.config import LabError, Section
+from ..lab.ranks import part, ranks
 from ..physics.symmetries import Symmetries
 
 # %% ../../nbs/data/02_batches.ipynb #316e84a9
@@ -24,56 +25,51 @@ class Batches:
     def __init__(
         self,
         dataset: FrameDataset,
-        batch_size: int,  # samples per batch and rank
+        batch_size: int,  # samples per batch, of all ranks together
         shuffle: bool = True,
         seed: int = 0,
         augment: Symmetries | Callable | None = None,  # (batch, generator) -> batch
-        rank: int = 0,  # of this process
-        world: int = 1,  # processes
         device: str | torch.device = "cpu",
-        drop_last: bool = True,  # leave out a last batch that is not full
         prefetch: bool = False,  # make the next batch in a thread meanwhile
         limit: int | None = None,  # batches in an epoch, at most: a random part of a large set
     ):
-        self.dataset, self.batch_size, self.limit, self.drop_last = dataset, batch_size, limit, drop_last
+        self.dataset, self.batch_size, self.limit = dataset, batch_size, limit
         self.shuffle, self.seed, self.augment = shuffle, seed, augment
-        self.rank, self.world, self.device, self.prefetch = rank, world, device, prefetch
+        self.device, self.prefetch = device, prefetch
         if not len(self):
-            raise LabError(
-                f"{dataset.name}: batch_size = {batch_size} on {world} rank(s) is more than its "
-                f"{len(dataset)} samples"
-            )
+            raise LabError(f"{dataset.name}: batch_size = {batch_size} is more than its {len(dataset)} samples")
+        if batch_size % (world := ranks().world):
+            raise LabError(f"batch_size = {batch_size} cannot be shared evenly by {world} ranks: give a multiple of {world}")
 
     def __len__(self) -> int:
-        n = len(self.dataset) // self.world if self.drop_last else len(
-            range(self.rank, len(self.dataset), self.world)
-        )
-        batches = n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        batches = len(self.dataset) // self.batch_size  # a last one that is not full is left out
         return min(batches, self.limit or batches)
 
 # %% ../../nbs/data/02_batches.ipynb #8400e086
 @patch
 def order(self: Batches, epoch: int) -> np.ndarray:
-    "The samples of this rank in the order of an epoch."
+    "The samples in the order of an epoch."
     n = len(self.dataset)
-    order = np.random.default_rng(
-        [self.seed, epoch]
-    ).permutation(n) if self.shuffle else np.arange(n)
-    return order[self.rank::self.world]
+    return np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
 
 
 @patch
-def made_of(self: Batches, samples: np.ndarray, *place: int) -> dict[str, torch.Tensor]:
-    "Some samples as a batch, transformed as belongs to its place in the training."
-    batch = self.dataset.__getitems__(samples)
-    if self.augment:
-        batch = self.augment(batch, np.random.default_rng([self.seed, *place, self.rank, 1]))
-    return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+def made_of(self: Batches, samples: np.ndarray, *place: int, whole: bool = False) -> dict[str, torch.Tensor]:
+    "This rank's part of a batch of some samples, or the whole, transformed as belongs to its place in the training."
+    here, rng = slice(None) if whole else part(len(samples)), np.random.default_rng([self.seed, *place, 0, 1])
+    if isinstance(self.augment, Symmetries):  # of a sample on its own: only the part is read
+        elements = self.augment.draw(len(samples), rng)[here]
+        batch = self.augment.moved(self.dataset.__getitems__(samples[here]), elements)
+    elif self.augment:
+        batch = {name: value[here] for name, value in self.augment(self.dataset.__getitems__(samples), rng).items()}
+    else:
+        batch = self.dataset.__getitems__(samples[here])
+    return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
 
 @patch
 def make(self: Batches, epoch: int, number: int, order: np.ndarray) -> dict[str, torch.Tensor]:
-    "One batch of an epoch."
+    "This rank's part of one batch of an epoch."
     return self.made_of(order[number * self.batch_size:(number + 1) * self.batch_size], epoch, number)
 
 # %% ../../nbs/data/02_batches.ipynb #74c8aeb9
@@ -83,7 +79,7 @@ def epoch(
     epoch: int,  # which pass over the data, from 0
     skip: int = 0,  # batches that were done before
 ) -> Iterator[dict[str, torch.Tensor]]:
-    "The batches of one epoch."
+    "The batches of one epoch, of each this rank's part."
     order, numbers = self.order(epoch), range(skip, len(self))
     if not self.prefetch:
         yield from (self.make(epoch, i, order) for i in numbers)

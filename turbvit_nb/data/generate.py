@@ -21,8 +21,9 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
+from ..lab.files import atomic, read_checkpoint, write_checkpoint
 from ..lab.progress import clock, note, progress
-from ..lab.runs import atomic, read_checkpoint, resolve_device, write_checkpoint
+from ..lab.runs import resolve_device
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
 from ..physics.solver import Solver, random_vorticity
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .kinds import KINDS, Kind
 from ..lab.config import LabError
-from ..lab.runs import read_checkpoint
+from ..lab.files import read_checkpoint
 
 # %% ../../nbs/emulators/01_files.ipynb #d35d79c1
 def registered(

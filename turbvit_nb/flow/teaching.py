@@ -18,6 +18,7 @@ from .paths import draw_pairs, draw_times
 from .scores import set_distances
 from ..forecast.validation import Validation, can_roll, lead_scores, samples_of, summarise
 from ..lab.learner import Callback, Learner, step_generator
+from ..lab.ranks import own, ranks
 from ..model import Emulator, rollout
 from ..physics.ensembles import fair_crps, spread_skill, spread_skill_ratio
 from ..physics.spectral import Grid
@@ -60,7 +61,10 @@ class Draws(Callback):
         x, y = learner.batch["x"], learner.batch.get("y")
         leads = 1 if y is None or y.ndim < 5 else y.shape[2]
         generator = step_generator(self.seed, learner.step, x.device)
-        learner.batch |= draws_for(self.emulator, x, generator, leads=leads, **self.how)
+        whole = x[:1].expand(len(x) * ranks().world, *x.shape[1:])  # its shape tells what to draw
+        found = draws_for(self.emulator, whole, generator, leads=leads, **self.how)
+        of_members = self.emulator.method == "crps"
+        learner.batch |= {name: own(value, int(of_members and name == "e")) for name, value in found.items()}
 
 # %% ../../nbs/flow/05_teaching.ipynb #64f02bc8
 @torch.no_grad()
@@ -93,6 +97,8 @@ def measure_levels(emulator: Generative, dataset: FrameDataset, count: int = 256
 # %% ../../nbs/flow/05_teaching.ipynb #1e6c1a11
 class EnsembleValidation(Validation):
     "Scores of an emulator that draws: the loss with fixed draws, and ensembles from several starts."
+
+    divisible = False  # one generator draws for all samples
 
     def __init__(
         self,

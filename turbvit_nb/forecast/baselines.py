@@ -23,9 +23,10 @@ from .keys import analysis_settings
 from .scores import by_lead, with_vorticity
 from .starts import DATA_KEYS, GROUP, HISTORY, Starts, fitted_section, streamed
 from ..lab.config import Config, LabError
+from ..lab.files import atomic, earlier
 from ..lab.progress import note, progress
 from ..lab.results import fingerprint, is_same, picked
-from ..lab.runs import Run, atomic, earlier
+from ..lab.runs import Run
 from ..physics.metrics import band_rms
 from turbvit_nb.physics.predictability import (
     DampedPersistence,

@@ -16,8 +16,9 @@ from torch import Tensor
 from .keys import ForecastConfig, analysis_settings
 from .starts import Starts
 from ..lab.config import LabError
+from ..lab.files import atomic, earlier
 from ..lab.progress import Meter
-from ..lab.runs import Run, atomic, earlier
+from ..lab.runs import Run
 from turbvit_nb.physics.predictability import (
     error_like,
     lyapunov_exponent,

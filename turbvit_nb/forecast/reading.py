@@ -18,8 +18,8 @@ import xarray as xr
 
 from .scores import FORECASTS, horizon_words
 from ..lab.checkpoints import identity_from, order
+from ..lab.files import result_file
 from ..lab.results import read_netcdf
-from ..lab.runs import result_file
 from ..physics.ensembles import spread_skill_ratio
 from ..physics.predictability import horizon_interval
 from ..physics.statistics import block_bootstrap, block_length

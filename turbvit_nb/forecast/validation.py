@@ -15,6 +15,7 @@ from torch import Tensor
 from ..datasets import FrameDataset
 from ..lab.learner import Learner
 from ..lab.progress import note
+from ..lab.ranks import everyones, own
 from ..model import Emulator, losses, rollout
 from ..physics.metrics import acc, horizon, rmse, vrmse
 
@@ -73,6 +74,8 @@ def samples_of(
 class Validation:
     "Scores of an emulator on a validation set: the one-step loss, and rollouts from several starts."
 
+    divisible = True  # among ranks: what is measured of a sample does not depend on the others
+
     def __init__(
         self,
         dataset: FrameDataset,  # for validation
@@ -110,16 +113,24 @@ def flow_of(self: Validation, count: int) -> Tensor:  # (count,)
 
 
 @patch
+def mine(self: Validation, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    "This rank's part of samples, where they can be shared."
+    return {name: own(value) for name, value in batch.items()} if self.divisible else batch
+
+
+@patch
 def one_step(
     self: Validation,
     emulator: Emulator,
     losses: Callable = losses,  # (emulator, batch) -> (B,)
 ) -> dict[str, float]:  # validation_loss, validation_loss_99, and the mean of each flow where there are several
     "The loss of single steps, in normalised units: its mean, and what 99 of 100 samples stay below."
-    batch = self.read(self.samples, emulator.out_frames)
+    whole = self.read(self.samples, emulator.out_frames)
+    batch = self.mine(whole)
     starts = range(0, len(batch["x"]), 32)
     pieces = [{name: value[i : i + 32] for name, value in batch.items()} for i in starts]
     found = torch.cat([losses(emulator, piece) for piece in pieces]).double().cpu()
+    found = everyones(found, len(whole["x"]))
     scores = {"validation_loss": found.mean().item(), "validation_loss_99": found.quantile(0.99).item()}
     if len(self.dataset.flows) > 1:
         flow = self.flow_of(self.samples)
@@ -135,9 +146,11 @@ def can_roll(emulator: Emulator) -> bool:
 @patch
 def rollouts(self: Validation, emulator: Emulator) -> dict[str, Tensor]:
     "`lead_scores` of free rollouts from all starts, each (starts, leads)."
-    batch = self.read(self.starts, self.steps)
+    whole = self.read(self.starts, self.steps)
+    batch = self.mine(whole)
     states = rollout(emulator, batch["x"], self.steps, cond=batch["cond"])
-    return lead_scores(states, batch["y"], self.climatology)
+    scores = lead_scores(states, batch["y"], self.climatology)
+    return {name: everyones(value, len(whole["x"])) for name, value in scores.items()}
 
 # %% ../../nbs/forecast/05_validation.ipynb #837b2f82
 @patch

@@ -22,6 +22,7 @@ from ..emulators.kinds import evaluating
 from ..forecast.validation import samples_of
 from ..lab.config import LabError
 from ..lab.learner import Callback, Learner, step_generator
+from ..lab.ranks import own, ranks
 from .hierarchy import Hierarchy
 from ..model import Normaliser
 from ..physics.metrics import band_rms, vrmse
@@ -192,11 +193,12 @@ class CoderDraws(Callback):
         done = learner.position / max(learner.epochs, 1)
         share = min(max((done - begin) / max(end - begin, 1e-9), 0.0), 1.0)
         learner.batch["share"] = x.new_full((len(x),), share)
+        n = len(x) * ranks().world
         if self.coder.variational:
-            learner.batch["noise"] = torch.randn(len(x), self.coder.size, **how)
+            learner.batch["noise"] = own(torch.randn(n, self.coder.size, **how))
         if self.drop and len(self.coder.sizes) > 1:
-            levels = torch.randint(1, len(self.coder.sizes), (len(x),), **how)
-            learner.batch["drop"] = torch.where(torch.rand(len(x), **how) < self.drop, levels, 0)
+            levels = torch.randint(1, len(self.coder.sizes), (n,), **how)
+            learner.batch["drop"] = own(torch.where(torch.rand(n, **how) < self.drop, levels, 0))
 
 # %% ../../nbs/latent/02_coder.ipynb #017515a8
 BANDS = (5 / 32, 10 / 32, 21 / 32)  # the largest wavenumbers of the first three bands, over N/2

@@ -19,9 +19,10 @@ from ..datasets import FrameDataset, statistics, training_batches, training_sets
 from ..forecast.validation import samples_of
 from ..lab.checkpoints import Identity
 from ..lab.config import Config, LabError
+from ..lab.files import atomic
 from ..lab.learner import Callback, Learner
 from ..lab.progress import progress
-from ..lab.runs import Run, atomic
+from ..lab.runs import Run
 from ..lab.training import LoopConfig, fit
 from .coder import Coder, CoderDraws, CoderValidation, Error, coder_losses, coder_state, load_coder
 from .hierarchy import Hierarchy

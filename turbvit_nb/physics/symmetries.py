@@ -92,5 +92,14 @@ def __call__(
     rng: np.random.Generator,
 ) -> dict[str, torch.Tensor]:
     "A batch with a random symmetry applied to each sample."
-    elements = self.draw(len(batch["x"]), rng)
-    return batch | {k: self.apply(batch[k], elements) for k in ("x", "y")}
+    return self.moved(batch, self.draw(len(batch["x"]), rng))
+
+
+@patch
+def moved(
+    self: Symmetries,
+    batch: dict[str, torch.Tensor],  # with `x` and `y`
+    elements: np.ndarray,  # (B, 4), from `draw`
+) -> dict[str, torch.Tensor]:
+    "A batch, each sample moved by its element."
+    return batch | {name: self.apply(batch[name], elements) for name in ("x", "y")}

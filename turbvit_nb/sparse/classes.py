@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..emulators.files import read_part, rebuilt
 from ..flow.images import ImageSet, read_images
 from ..lab.config import LabError
+from ..lab.files import atomic
 from ..lab.learner import Callback, Learner
-from ..lab.runs import atomic
 from ..layers.attention import stack
 from ..layers.embed import TubeletEmbed
 

@@ -19,6 +19,7 @@ from ..datasets import Batches
 from ..lab.config import Config, LabError, Section, named_file, needed_file
 from ..lab.learner import Callback, Learner
 from ..lab.progress import note, progress
+from ..lab.ranks import everyones, own, part
 from ..lab.runs import Run
 from ..model import Emulator, load_emulator
 from .choosing import Choice, at_least, by_flow, by_rank, by_score, by_threshold, drawn, gathered, infobatch
@@ -166,9 +167,9 @@ def cleanup(self: Selection, learner: Learner) -> None:
 @patch
 def after_loss(self: Selection, learner: Learner) -> None:
     "Note the losses of what is trained on, without their weights."
-    batch, found = learner.batch, learner.batch_losses.detach()
-    found = found / batch["weight"] if "weight" in batch else found
-    rows = self.rows[batch["index"].cpu().numpy()]
+    batch, found, size = learner.batch, learner.batch_losses.detach(), self.inner.batch_size
+    found = everyones(found / batch["weight"] if "weight" in batch else found, size)
+    rows = self.rows[everyones(batch["index"], size).cpu().numpy()]
     if len(self.plan.samples):  # else scores are made apart
         self.pending.append((rows, found))
     self.scores.use(rows)
@@ -187,8 +188,8 @@ def flush(self: Selection) -> None:
 # %% ../../nbs/sparse/06_selection.ipynb #d08341d1
 @patch
 @torch.no_grad()
-def measure(self: Selection, batch: dict[str, Tensor]) -> Tensor:  # (B,)
-    "The losses of candidates; with an entropy, the significance itself."
+def measure(self: Selection, batch: dict[str, Tensor], n: int) -> Tensor:  # (n,)
+    "The losses of `n` candidates, of which `batch` holds this rank's part; with an entropy, the significance itself."
     learner = self.learner
     learner.batch = dict(batch)
     learner.call("before_batch")
@@ -200,10 +201,12 @@ def measure(self: Selection, batch: dict[str, Tensor]) -> Tensor:  # (B,)
             found = self.raw(learner.model, learner.batch)
         else:
             found, unsure, evaluations = ENTROPIES[self.settings.entropy](learner.model, learner.batch)
-    self.scored += evaluations * len(found) * _leads(batch)
+    self.scored += evaluations * n * _leads(batch)
+    found = everyones(found, n)
     self.mean.see(found)
     relative = found.double() / self.mean.mean
     if self.settings.entropy:
+        unsure = everyones(unsure, n)
         self.unsure.see(unsure)
         relative = relative + self.settings.entropy_weight * unsure.double() / self.unsure.mean
     return relative
@@ -213,12 +216,12 @@ def measure(self: Selection, batch: dict[str, Tensor]) -> Tensor:  # (B,)
 def score_all(self: Selection, learner: Learner) -> None:
     "Score every sample with the weights of the moment."
     for samples, batch in self.pieces("scoring all samples"):
-        self.scores.see(self.rows[samples], self.measure(batch).cpu().numpy())
+        self.scores.see(self.rows[samples], self.measure(batch, len(samples)).cpu().numpy())
 
 
 @patch
 def pieces(self: Selection, desc: str) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    "All samples, several batches at a time, under a meter."
+    "All samples, several batches at a time, under a meter; of each this rank's part."
     every, size = np.arange(len(self.inner.dataset)), 4 * self.inner.batch_size
     for at in progress(range(0, len(every), size), desc=desc):
         yield every[at : at + size], self.fetch(every[at : at + size])
@@ -226,8 +229,9 @@ def pieces(self: Selection, desc: str) -> Iterator[tuple[np.ndarray, dict[str, T
 
 @patch
 def fetch(self: Selection, samples: np.ndarray) -> dict[str, Tensor]:
-    "Samples as they are, without augmentation, on the device."
-    return {name: value.to(self.inner.device) for name, value in self.inner.dataset.__getitems__(samples).items()}
+    "This rank's part of samples as they are, without augmentation, on the device."
+    mine = self.inner.dataset.__getitems__(samples[part(len(samples))])
+    return {name: value.to(self.inner.device) for name, value in mine.items()}
 
 
 @patch
@@ -236,7 +240,8 @@ def learn_from_teacher(self: Selection) -> None:
     "What the better model leaves of every sample, once."
     self.left = np.empty(len(self.inner.dataset))
     for samples, batch in self.pieces("losses of the teacher"):
-        self.left[samples] = self.teacher(batch["x"], batch["cond"], batch["y"]).double().cpu().numpy()
+        found = self.teacher(batch["x"], batch["cond"], batch["y"]).double()
+        self.left[samples] = everyones(found, len(samples)).cpu().numpy()
         self.scored += len(samples) * _leads(batch)
 
 # %% ../../nbs/sparse/06_selection.ipynb #a03a94a4
@@ -280,7 +285,7 @@ def weigh_up(self: Selection, learner: Learner) -> None:
         learner.batch = self.fetch(np.sort(some))
         learner.call("before_batch")
         with learner.forward_pass():
-            norms = gradient_norms(learner.model, self.raw, learner.batch)
+            norms = everyones(gradient_norms(learner.model, self.raw, learner.batch), len(some))
     self.headroom = headroom(norms)
     self.scored += 3 * len(some)
     note(verdict(self.headroom))
@@ -338,7 +343,8 @@ def watch(self: Selection, candidates: int, chosen: int) -> None:
 @patch
 def pick(self: Selection, candidates: dict[str, Tensor], learner: Learner) -> dict[str, Tensor]:
     "Those of a batch of candidates that are trained on."
-    score, index = self.measure(candidates).cpu().numpy(), candidates["index"].cpu().numpy()
+    index = candidates["index"].cpu().numpy()
+    score = self.measure({name: own(value) for name, value in candidates.items()}, len(index)).cpu().numpy()
     self.scores.see(self.rows[index], score)
     at, weights = self.chosen(score, index, learner)
     where = torch.from_numpy(at).to(candidates["index"].device)
@@ -371,12 +377,12 @@ def next_candidates(self: Selection, epoch: int) -> dict[str, Tensor]:
     if self.under_way[0] != (epoch, number):
         self.under_way = (epoch, number), self.inner.order(epoch + 1_000_000 * number)
     self.cursor += 1
-    return self.inner.made_of(self.under_way[1][place * size : (place + 1) * size], epoch, self.cursor)
+    return self.inner.made_of(self.under_way[1][place * size : (place + 1) * size], epoch, self.cursor, whole=True)
 
 
 @patch
 def collected(self: Selection, epoch: int, learner: Learner) -> dict[str, Tensor]:
-    "A full batch of chosen candidates."
+    "A full batch of chosen candidates, of all ranks together."
     size = self.inner.batch_size
     while not self.buffer or len(self.buffer["x"]) < size:
         chosen = self.pick(self.next_candidates(epoch), learner)
@@ -396,12 +402,11 @@ def epoch(
     size = self.inner.batch_size
     for number in range(skip, len(self)):
         if not len(self.plan.samples):
-            yield self.collected(epoch, self.learner)
+            yield {name: own(value) for name, value in self.collected(epoch, self.learner).items()}
             continue
-        part = slice(number * size, (number + 1) * size)
         batch = self.inner.make(epoch, number, self.plan.samples)
-        weights = self.plan.weights[part]
-        yield batch | ({} if (weights == 1).all() else {"weight": torch.from_numpy(weights).to(self.inner.device)})
+        weights = self.plan.weights[number * size : (number + 1) * size]
+        yield batch | ({} if (weights == 1).all() else {"weight": own(torch.from_numpy(weights)).to(self.inner.device)})
 
 # %% ../../nbs/sparse/06_selection.ipynb #4f1e07e8
 @patch

@@ -18,8 +18,9 @@ import torch
 
 from ..compress.latency import interleaved
 from ..lab.config import LabError
+from ..lab.files import atomic
 from ..lab.progress import note
-from ..lab.runs import Run, atomic
+from ..lab.runs import Run
 from ..model import Kind, evaluating, load_emulator
 from ..networks.transformers import FEATURES
 from .entries import CompareConfig, Entry

@@ -20,8 +20,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..lab.files import read_checkpoint
 from ..lab.plots import Table, forest, interval_text
-from ..lab.runs import read_checkpoint
 from .differences import extra_training
 from .entries import Entry
 from .points import MEASURES, Point, change, over_seeds
