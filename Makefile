@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks-clean readme outputs docs docs-check bench hooks clean
+.PHONY: help setup demo test soak notebooks-clean readme outputs docs docs-check bench hooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ demo: setup ## data, train, prune, roll out, analyse: minutes on two cores; resu
 test: setup notebooks-clean ## notebooks clean and exported, every notebook run, pytest
 	$(BIN)/python tools/notebooks.py
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 10 tests
+
+soak: setup ## the tests that are too long for every commit
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 10 --soak -m soak tests
 
 notebooks-clean: setup ## fail where nbdev_clean, nbdev_export or make readme would change a file
 	$(BIN)/python tools/check_sync.py

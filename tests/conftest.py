@@ -15,6 +15,21 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="also the tests that are too long for every commit")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: too long for every commit; runs with --soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    "Long tests run when they are asked for."
+    for item in items if not config.getoption("--soak") else []:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.skip(reason="too long for every commit: make soak"))
+
+
 def real_py2d() -> Path | None:
     "The folder of real Py2D output, from `$TURBVIT_PY2D` or beside the checkout; None where there is none."
     folder = Path(os.environ.get("TURBVIT_PY2D", ROOT.parent / "shared" / "data" / "py2d"))

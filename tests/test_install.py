@@ -66,7 +66,7 @@ def test_a_chapter_runs_from_an_empty_folder(environment, tmp_path):
 def test_configs_and_scripts_come_along(environment, tmp_path):
     listed = turbvit(environment, tmp_path, "example").split()
     there = {path.relative_to(ROOT / "nbs").as_posix() for path in (ROOT / "nbs" / "configs").rglob("*.toml")}
-    assert there | {"jobs/run.pbs", "jobs/run.slurm"} == set(listed)
+    assert there | {"jobs/run.pbs", "jobs/run.slurm", "jobs/queue.toml"} == set(listed)
     turbvit(environment, tmp_path, "example", "configs/train.toml", "my.toml")
     assert (tmp_path / "my.toml").read_text() == (ROOT / "nbs" / "configs" / "train.toml").read_text()
 

@@ -16,7 +16,9 @@ from turbvit_nb.lab.runs import read_metrics, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ALIKE = [name for name in ranked.JOBS if name not in ("dropout", "conditioner", "other_seed")]  # what drops units draws other ones on each rank
+DROPS = ("dropout", "conditioner")  # what drops units draws other ones on each rank
+LONG = (*DROPS, "heads", "matching", "mean", "pictures", "classes", "stale", "importance")  # for the soak
+ALIKE = [pytest.param(name, marks=pytest.mark.soak) if name in LONG else name for name in ranked.JOBS if name not in (*DROPS, "other_seed")]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -26,11 +28,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> dict[int, Path]:
-    "All trainings by one process and by two ranks, side by side: the folder of each."
+def done(request, tmp_path_factory) -> dict[int, Path]:
+    "The trainings by one process and by two ranks, side by side: the folder of each."
     home = tmp_path_factory.mktemp("ranks")
     folders = {world: home / f"by_{world}" for world in (1, 2)}
-    everything = [*(name for name in ranked.JOBS if name != "other_seed"), "scores"]
+    left_out = {"other_seed"} | (set() if request.config.getoption("--soak") else {*LONG})
+    everything = [*(name for name in ranked.JOBS if name not in left_out), "scores"]
     commands = {1: [sys.executable], 2: [*TORCHRUN, "--nproc-per-node", "2"]}
     (home / "warm").mkdir()
     first = [sys.executable, ROOT / "tests" / "ranked.py", home / "warm", "everything", "other_seed"]  # makes the data that all share
@@ -97,9 +100,10 @@ def test_scores_are_sums_over_the_ranks(done):
     assert {name: one[name] for name in one if "hash" in name} == {name: two[name] for name in two if "hash" in name}
 
 
+@pytest.mark.soak
 def test_what_drops_units_trains_all_the_same(done):
     "Each rank drops units of its own, so the numbers are other ones; the loss is not far off."
-    for name in ("dropout", "conditioner"):
+    for name in DROPS:
         one, two = (last_metrics(done[world] / "runs" / name)["loss"] for world in (1, 2))
         assert one != two and two == pytest.approx(one, rel=0.1)
 
@@ -167,7 +171,7 @@ def steps_logged(folder: Path) -> list[int]:
     return [row["step"] for row in read_metrics(folder)]
 
 
-@pytest.mark.parametrize("way", ["nproc", "torchrun"])
+@pytest.mark.parametrize("way", ["nproc", pytest.param("torchrun", marks=pytest.mark.soak)])
 def test_a_chapter_in_two_processes(chapter, done, way):
     "One report, one log of metrics; what the other rank says is in the run folder."
     by = () if way == "nproc" else (*TORCHRUN, "--nproc-per-node", "2", "--no-python")

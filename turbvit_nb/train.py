@@ -78,7 +78,7 @@ def build_batches(
     settings: TrainingConfig,  # or a section that extends it
     dataset: FrameDataset,  # for training
 ) -> Batches:  # shuffled, augmented when `settings` says so
-    "The batches of training."
+    "The batches of training; of several ranks each gets its part."
     return training_batches(dataset, settings, run.config.top.seed, run.device)
 
 # %% ../nbs/02_train.ipynb #51e3c977

@@ -6,7 +6,7 @@
 __all__ = ['PARENT', 'WHOLE', 'KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'FOLDED', 'JOB_LOCK', 'Chapter',
            'chapters', 'find_chapter', 'Report', 'wrapped', 'run_heading', 'lessons', 'JobClient', 'JobEngine',
            'Signals', 'JobError', 'explain', 'execute', 'MathRenderer', 'MathExporter', 'ReportExporter', 'html_copy',
-           'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
+           'folder_of', 'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
 
 # %% ../../nbs/lab/10_jobs.ipynb #a64babfb
 import ast
@@ -479,7 +479,7 @@ def html_copy(
 JOB_LOCK = ".job"
 
 
-def _folder(
+def folder_of(
     path: Path,  # of a TOML file, or a run folder
     settings: Settings,  # that it holds
 ) -> Path | None:
@@ -491,7 +491,7 @@ def _folder(
 def _planned(path: Path, stage: str, overrides: Iterable[str]) -> tuple[Path | None, Settings]:
     "As `plan_run`, for a rank that leaves all questions to the first."
     settings = load_config(path, overrides)
-    return _folder(path, settings), settings
+    return folder_of(path, settings), settings
 
 
 @dataclass(frozen=True)
@@ -652,7 +652,7 @@ def steps(
     "What a config asks for and how far it is."
     path, known = find_config(config), registry()["stages"]
     settings = load_config(path, overrides)
-    folder = _folder(path, settings)
+    folder = folder_of(path, settings)
     entries = stages(folder) if folder else {}
     through = [chapter for chapter in chapters() if chapter.stage in known]
     through = _in_turn(through, {stage: entry["after"] for stage, entry in known.items()})

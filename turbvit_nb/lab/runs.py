@@ -292,7 +292,7 @@ def _left_something(
 ) -> bool:
     "Whether a file was made in the folder, reports and the run's own records aside."
     reports = {path for kind in ("ipynb", "html") for path in folder.glob(f"*.{kind}")}
-    skip = lambda path: path in reports or path.name in _OWN or ".part" in path.name or path.parent.name == "ranks"
+    skip = lambda path: path in reports or path.name in _OWN or ".part" in path.name or path.parent.name in ("ranks", "queue")
     files = (path for path in folder.rglob("*") if not skip(path) and path.is_file())
     return any(path.stat().st_mtime_ns >= since for path in files)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'COLOURS', 'Cell', 'look', 'expected', 'schedule', 'Count', 'count', 'check_sweep', 'turbvit', 'choose',
-           'Event', 'Sweeping', 'vanished', 'table', 'troubles', 'sweep_line', 'sweep_lines', 'alone', 'watch']
+           'beside', 'Event', 'Sweeping', 'vanished', 'table', 'troubles', 'sweep_line', 'sweep_lines', 'alone',
+           'watch']
 
 # %% ../../nbs/lab/19_sweeping.ipynb #1d788427
 import fnmatch
@@ -18,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -269,6 +271,26 @@ def choose(
         names |= {name := more.pop()}
         more += [need for need in sweep.needs[name] if need not in names]
     return names
+
+# %% ../../nbs/lab/19_sweeping.ipynb #c61f1002
+def beside(
+    sweep: Sweep,
+    run: str,  # its name
+    tell: Callable[[str, str], None] | None = None,  # gets task and line of what a chapter says
+) -> None:
+    "Do what is left of one run, beside other processes at the same sweep. Raises `LabError`; `JobError` has an exit code."
+    cells = look(sweep)
+    by_name = {task.name: task for task in cells}
+    own = [task for task in cells if task.point.run == run]
+    if not own:
+        raise LabError(f"{run} is no run of {sweep.name}")
+    for need in {need for task in own for need in sweep.needs[task.name]}:
+        if by_name[need].point.run != run and cells[by_name[need]].due:
+            raise LabError(f"{run} waits for {need}, which is not done")
+    due = [task for task in own if cells[task].due]
+    commands, needs = {task.name: turbvit(task) for task in due}, {task.name: [before.name] for before, task in pairwise(due)}
+    for _ in Together(commands, needs, 1, tell, sweep.config.threads):
+        pass
 
 # %% ../../nbs/lab/19_sweeping.ipynb #3f94cd6b
 @dataclass(frozen=True)

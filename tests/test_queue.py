@@ -1,0 +1,287 @@
+"""A chain and a sweep through a real Slurm of one node, and through a stand-in for PBS that gives scripts PBS's environment; a walltime stop on the way."""
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from turbvit_nb.lab.runs import read_metrics, stages
+
+BIN = Path(sys.executable).parent
+SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
+CONFIG = """
+output_dir = "it's one"
+device = "cpu"
+
+[generate]
+data_dir = "flow"
+Re = 200
+fkx = 0
+fky = 4
+alpha = 0.1
+beta = 20.0
+NX = 16
+dt = 0.01
+n_trajectories = 2
+n_frames = 40
+t_save = 0.1
+spin_up = 1.0
+
+[model]
+model_type = "ViT"
+img_size = 16
+patch_size = 4
+embed_dim = 16
+depth = 1
+num_heads = 2
+
+[train_dataset]
+data_dir = "flow"
+frame_range = [[1, 26]]
+
+[validation_dataset]
+data_dir = "flow"
+frame_range = [[26, 41]]
+
+[training]
+epochs = 6
+batch_size = 4
+warmup_epochs = 0.5
+rollout_steps = 5
+rollout_starts = 2
+max_hours = 0.001
+
+[inference]
+inference_length = 12
+chunk_size = 5
+n_starts = 2
+"""
+TRAIN = """from turbvit_nb.lab.learner import Callback
+from turbvit_nb.train import train
+
+
+class Slow(Callback):
+    def after_batch(self, learner):
+        time.sleep(0.07)
+
+
+run = open_run(config, "train", overrides)
+train(run, [Slow()])
+run.finish()"""
+CHAPTERS = {"02_train": TRAIN, "04_inference": "from turbvit_nb.inference import infer\nrun = open_run(config, 'inference', overrides)\ninfer(run)\nrun.finish()"}
+SWEEP = """[sweep]
+name = "study"
+base = "one.toml"
+chapters = ["{folder}/02_train.ipynb"]
+run = "study_{{seed}}"
+overrides = ["training.epochs=1"]
+
+[sweep.grid]
+seed = [0, 1]
+"""
+QSUB = '''#!{python}
+"""Takes a script as PBS does: runs it when what it waits for has succeeded, in an environment of PBS's alone."""
+import os, re, subprocess, sys, time
+from pathlib import Path
+
+state, script = Path(os.environ.get("PBS_HOME", "{state}")), Path(sys.argv[-1])
+needs = re.findall(r"afterok:(\\S+)", " ".join(sys.argv[1:-1]))
+number = f"{{len(list(state.glob('*.sh'))) + 1}}.stand-in"
+(state / f"{{number}}.sh").write_text(script.read_text())
+print(number, flush=True)
+if os.fork():
+    os._exit(0)
+os.setsid()
+sys.stdout.close()
+code = lambda job: int((state / f"{{job}}.code").read_text())
+while not all((state / f"{{job}}.code").exists() for job in needs):
+    time.sleep(0.1)
+codes = [1] if any(map(code, needs)) else []
+array = re.search(r"^#PBS -J (\\d+)-(\\d+)$", script.read_text(), re.M)
+for index in [] if codes else range(int(array[1]), int(array[2]) + 1) if array else [None]:
+    own = {{"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin", "PBS_O_WORKDIR": os.getcwd(), "PBS_JOBID": number, "PBS_ENVIRONMENT": "PBS_BATCH"}}
+    own |= {{}} if index is None else {{"PBS_ARRAY_INDEX": str(index)}}
+    with open(state / f"{{number}}.log", "a") as log:
+        codes.append(subprocess.run(["bash", state / f"{{number}}.sh"], env=own, cwd="/", stdout=log, stderr=log).returncode)
+(state / f"{{number}}.part").write_text(str(max(codes)))
+os.rename(state / f"{{number}}.part", state / f"{{number}}.code")
+'''
+CONF = """ClusterName=lab
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={home}/munge.socket
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmdPidFile={home}/slurmd.pid
+SlurmctldLogFile={home}/slurmctld.log
+SlurmdLogFile={home}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+JobAcctGatherType=jobacct_gather/none
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    "Ports that nobody listens on."
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    found = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return found
+
+
+def real_slurm(home: Path, monkeypatch):
+    "A Slurm of this one machine; the test is skipped where it cannot be started."
+    if missing := [name for name in SLURM if shutil.which(name) is None]:
+        pytest.skip(f"no {missing[0]} on the PATH: apt-get install slurmctld slurmd slurm-client munge")
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons are started by root only")
+    for name in ("state", "spool"):
+        (home / name).mkdir()
+    (home / "munge.key").write_bytes(os.urandom(1024))
+    (home / "munge.key").chmod(0o400)
+    home.chmod(0o755)
+    (home / "slurm.conf").write_text(CONF.format(host=socket.gethostname().split(".")[0], home=home, ports=free_ports(2)))
+    monkeypatch.setenv("SLURM_CONF", str(home / "slurm.conf"))
+    own = [f"--{what}={home}/munge.{what.split('-')[0]}" for what in ("socket", "pid-file", "log-file", "seed-file")]
+    subprocess.run(["munged", "--force", f"--key-file={home}/munge.key", *own], check=True)
+    for daemon in ("slurmctld", "slurmd"):
+        subprocess.run([daemon], check=True)
+    deadline = time.monotonic() + 30
+    while "idle" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout:
+        if time.monotonic() > deadline:
+            pytest.skip(f"Slurm does not come up here: {(home / 'slurmd.log').read_text()[-300:]}")
+        time.sleep(0.2)
+
+
+def ended(home: Path) -> None:
+    "Stop Slurm's daemons."
+    for name in ("slurmd", "slurmctld", "munge"):
+        if (file := home / f"{name}.pid").exists():
+            try:
+                os.kill(int(file.read_text()), signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+
+
+@pytest.fixture(params=["slurm", "pbs"])
+def site(request, tmp_path, monkeypatch):
+    "A place with a queue: chapters, a config, and the user's file. Yields the name of the system."
+    place = Path(tempfile.mkdtemp(prefix="queue-"))  # a short path: sockets have one
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("TURBVIT_DATA", str(tmp_path))
+    monkeypatch.setenv("TURBVIT_QUEUE", str(tmp_path / "queue.toml"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", f"{place}:{BIN}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    if request.param == "slurm":
+        real_slurm(place, monkeypatch)
+    else:
+        (place / "qsub").write_text(QSUB.format(python=sys.executable, state=place))
+        (place / "qsub").chmod(stat.S_IRWXU)
+    for name, work in CHAPTERS.items():
+        cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
+                 nbformat.v4.new_code_cell("import time\nfrom turbvit_nb.lab.runs import open_run"), nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell(work)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    (tmp_path / "one.toml").write_text(CONFIG)
+    (tmp_path / "study.toml").write_text(SWEEP.format(folder=tmp_path))
+    setup = [f"export PATH={place}:{BIN}:$PATH", "export TURBVIT_PROGRESS=0"]
+    (tmp_path / "queue.toml").write_text(f'system = "{request.param}"\nwalltime = "0:30:00"\ncpus = 1\nmemory = "500mb"\nsetup = {setup}\n')
+    yield request.param
+    ended(place)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def turbvit(*words: str) -> str:
+    "What the command says."
+    done = subprocess.run([BIN / "turbvit", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def waited(what, seconds: float = 150) -> None:
+    "Until it is so."
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.5)
+
+
+def state_of(folder: Path, stage: str) -> str:
+    "Of a stage, which may not have begun."
+    return stages(folder).get(stage, {}).get("state", "") if (folder / "status.json").exists() else ""
+
+
+def test_a_chain_with_a_walltime_stop(site, tmp_path):
+    "A training that is stopped by its clock goes on in another job, with what comes after it; it ends as if one job had been enough."
+    names = ",".join(str(tmp_path / f"{name}.ipynb") for name in CHAPTERS)
+    folder = tmp_path / "runs" / "it's one"
+    assert "#SBATCH" in turbvit("submit", "one.toml", "--stages", names, "--dry-run") if site == "slurm" else True
+    assert not folder.exists()
+    said = turbvit("submit", "one.toml", "--stages", names)
+    assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
+    waited(lambda: state_of(folder, "inference") == "done")
+    rows = read_metrics(folder, stage="train")
+    assert stages(folder)["train"]["state"] == "done" and [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    if site == "slurm":
+        logs = {name: sorted((folder / "queue").glob(f"*{name}.*.log")) for name in CHAPTERS}
+        assert len(logs["02_train"]) > 1 and len(logs["04_inference"]) == 1, "the training took one job, or the rollout was begun before it was done"
+        waited(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout, 20)
+    with pytest.raises(AssertionError, match="nothing to submit"):
+        turbvit("submit", "one.toml", "--stages", names)
+
+
+@pytest.mark.soak
+def test_a_sweep_is_an_array(site, tmp_path):
+    said = turbvit("submit", "study.toml")
+    assert len(said.splitlines()) == 1 and "study-1.sh" in said
+    assert (tmp_path / "runs/study/queue/study-1.runs").read_text() == "study_0\nstudy_1\n"
+    folders = [tmp_path / "runs" / f"study_{seed}" for seed in (0, 1)]
+    waited(lambda: all(state_of(folder, "train") == "done" for folder in folders))
+
+
+STUB = """#!/bin/bash
+echo "$@" >> {folder}/said
+[ "$1" = run ] && {work} exit {code}
+exit 0
+"""
+
+
+@pytest.mark.parametrize("work, code, again", [("touch '{run}/checkpoints/last.tar';", 143, True), ("", 143, False), ("touch '{run}/metrics.jsonl';", 75, False), ("", 0, False), ("", 1, False)])
+def test_a_job_goes_on_only_while_it_gets_somewhere(tmp_path, monkeypatch, work, code, again):
+    "The script itself, with a program that stops: with something new in the run folder, with nothing, and with notes only."
+    from turbvit_nb.lab.jobs import find_chapter
+    from turbvit_nb.lab.queue import QueueConfig, chapter_script, written
+
+    monkeypatch.chdir(tmp_path)
+    run, stub = tmp_path / "a run", tmp_path / "turbvit"
+    (run / "checkpoints").mkdir(parents=True)
+    stub.write_text(STUB.format(folder=tmp_path, work=work.format(run=run), code=code))
+    stub.chmod(stat.S_IRWXU)
+    queue, train = QueueConfig(system="pbs"), find_chapter("02_train")
+    script = chapter_script(train, run, tmp_path / "one.toml", ["seed=1"], queue, [train, find_chapter("03_prune")], [str(stub)])
+    assert subprocess.run([written(script, queue)], capture_output=True).returncode == code
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[0] == f"run 02_train {tmp_path}/one.toml --set seed=1"
+    assert said[1:] == ([f"submit {run} --stages 02_train,03_prune"] if again else [])
