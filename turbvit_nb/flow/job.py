@@ -79,6 +79,8 @@ def _impossible(flow: FlowConfig, model: ModelConfig | None, pictures: bool) -> 
         yield f"guidance = {flow.guidance:g} needs a model that was sometimes not told its regime: set label_dropout"
     if flow.compile and "meanflow" in flow.method:
         yield "compile = true: MeanFlow's derivative does not go through compiled code; leave compile out"
+    if flow.activation_checkpointing and "meanflow" in flow.method:
+        yield "activation_checkpointing = true: MeanFlow's derivative keeps what it needs; leave it out"
     if flow.unroll > 1 and flow.method != "crps":
         yield f"unroll = {flow.unroll}: only the members of CRPS go steps of their own in training: leave it out, or set method"
     if flow.samplers and flow.method == "crps":

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PRECISION', 'LoopConfig', 'build_optimizer', 'restored_optimizer', 'autocast_dtype', 'loop_callbacks',
-           'run_callbacks', 'announced', 'fit']
+           'run_callbacks', 'announced', 'fit', 'repeated']
 
 # %% ../../nbs/lab/07_training.ipynb #a110ee7c
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import learner as lab
 from .checkpoints import Identity, check_owner, save
@@ -42,6 +44,7 @@ class LoopConfig(Section):
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast
     compile: bool = False  # let torch.compile make kernels of what is trained
+    activation_checkpointing: bool = False  # compute what repeated parts keep for the backward pass again: less memory, more time
     validate_every: int = Field(1, ge=1)  # epochs
     checkpoint_period: int | None = Field(None, gt=0)  # epochs between checkpoints that are kept
     max_hours: float | None = Field(None, gt=0)  # stop in good order before the queue does
@@ -193,7 +196,7 @@ def fit(
     own += announced(run, batches)
     precision = autocast_dtype(settings.precision, run.device) if autocast else None
     learner = Learner(
-        model, _compiled(weights or model, losses) if settings.compile else losses, batches,
+        model, _taken(weights or model, losses, settings), batches,
         optimizer or build_optimizer(weights or model, settings), [*own, *callbacks], settings.epochs,
         run.device, precision, weights, settings.accumulate,
     )
@@ -202,18 +205,34 @@ def fit(
     return _completed(run, learner.fit())
 
 # %% ../../nbs/lab/07_training.ipynb #334648f3
-def _compiled(part: nn.Module, losses: Callable) -> Callable:
-    "The losses, taken with the forward pass of `part` compiled."
-    forward = torch.compile(part.forward)
+def _with_forwards(losses: Callable, forwards: dict[nn.Module, Callable]) -> Callable:
+    "The losses, taken while modules have other forward passes."
 
-    def compiled(model: nn.Module, batch: dict) -> Tensor:
-        part.forward = forward
+    def taken(model: nn.Module, batch: dict) -> Tensor:
+        for part, forward in forwards.items():
+            part.forward = forward
         try:
             return losses(model, batch)
         finally:
-            del part.forward
+            for part in forwards:
+                del part.forward
 
-    return compiled
+    return taken
+
+
+def repeated(network: nn.Module) -> list[nn.Module]:
+    "The parts that a network repeats: the members of its outermost lists of modules that have weights."
+    if isinstance(network, (nn.ModuleList, nn.Sequential)):
+        return [part for part in network if any(True for _ in part.parameters())]
+    return [part for child in network.children() for part in repeated(child)]
+
+
+def _taken(part: nn.Module, losses: Callable, settings: LoopConfig) -> Callable:
+    "The losses as the settings want them taken."
+    if settings.activation_checkpointing:
+        again = lambda module: partial(checkpoint, module.forward, use_reentrant=False)
+        losses = _with_forwards(losses, {module: again(module) for module in repeated(part)})
+    return _with_forwards(losses, {part: torch.compile(part.forward)}) if settings.compile else losses
 
 
 def _completed(run: Run, learner: Learner) -> Learner:
