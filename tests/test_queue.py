@@ -13,57 +13,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from test_jobs import CONFIG, RUN
 from turbvit_nb.lab.runs import read_metrics, stages
 
 BIN = Path(sys.executable).parent
 SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
-CONFIG = """
-output_dir = "it's one"
-device = "cpu"
-
-[generate]
-data_dir = "flow"
-Re = 200
-fkx = 0
-fky = 4
-alpha = 0.1
-beta = 20.0
-NX = 16
-dt = 0.01
-n_trajectories = 2
-n_frames = 40
-t_save = 0.1
-spin_up = 1.0
-
-[model]
-model_type = "ViT"
-img_size = 16
-patch_size = 4
-embed_dim = 16
-depth = 1
-num_heads = 2
-
-[train_dataset]
-data_dir = "flow"
-frame_range = [[1, 26]]
-
-[validation_dataset]
-data_dir = "flow"
-frame_range = [[26, 41]]
-
-[training]
-epochs = 6
-batch_size = 4
-warmup_epochs = 0.5
-rollout_steps = 5
-rollout_starts = 2
-max_hours = 0.001
-
-[inference]
-inference_length = 12
-chunk_size = 5
-n_starts = 2
-"""
 TRAIN = """from turbvit_nb.lab.learner import Callback
 from turbvit_nb.train import train
 
@@ -76,12 +30,12 @@ class Slow(Callback):
 run = open_run(config, "train", overrides)
 train(run, [Slow()])
 run.finish()"""
-CHAPTERS = {"02_train": TRAIN, "04_inference": "from turbvit_nb.inference import infer\nrun = open_run(config, 'inference', overrides)\ninfer(run)\nrun.finish()"}
+CHAPTERS = {"02_train": TRAIN, "04_inference": RUN["04_inference"]}
 SWEEP = """[sweep]
 name = "study"
 base = "one.toml"
 chapters = ["{folder}/02_train.ipynb"]
-run = "study_{{seed}}"
+run = "study/{{seed}}"
 overrides = ["training.epochs=1"]
 
 [sweep.grid]
@@ -203,7 +157,7 @@ def site(request, tmp_path, monkeypatch):
         cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
                  nbformat.v4.new_code_cell("import time\nfrom turbvit_nb.lab.runs import open_run"), nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell(work)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
-    (tmp_path / "one.toml").write_text(CONFIG)
+    (tmp_path / "one.toml").write_text(CONFIG.format(name="it's one", epochs=6))
     (tmp_path / "study.toml").write_text(SWEEP.format(folder=tmp_path))
     setup = [f"export PATH={place}:{BIN}:$PATH", "export TURBVIT_PROGRESS=0"]
     (tmp_path / "queue.toml").write_text(f'system = "{request.param}"\nwalltime = "0:30:00"\ncpus = 1\nmemory = "500mb"\nsetup = {setup}\n')
@@ -238,7 +192,7 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
     folder = tmp_path / "runs" / "it's one"
     assert "#SBATCH" in turbvit("submit", "one.toml", "--stages", names, "--dry-run") if site == "slurm" else True
     assert not folder.exists()
-    said = turbvit("submit", "one.toml", "--stages", names)
+    said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.001")
     assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
     waited(lambda: state_of(folder, "inference") == "done")
     rows = read_metrics(folder, stage="train")
@@ -256,8 +210,8 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
 def test_a_sweep_is_an_array(site, tmp_path):
     said = turbvit("submit", "study.toml")
     assert len(said.splitlines()) == 1 and "study-1.sh" in said
-    assert (tmp_path / "runs/study/queue/study-1.runs").read_text() == "study_0\nstudy_1\n"
-    folders = [tmp_path / "runs" / f"study_{seed}" for seed in (0, 1)]
+    assert (tmp_path / "runs/study/queue/study-1.runs").read_text() == "study/0\nstudy/1\n"
+    folders = [tmp_path / "runs" / f"study/{seed}" for seed in (0, 1)]
     waited(lambda: all(state_of(folder, "train") == "done" for folder in folders))
 
 

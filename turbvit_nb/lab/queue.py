@@ -149,27 +149,31 @@ def text(
     start = [f"cd {shlex.quote(str(here))} || exit 1", *queue.setup, *known, 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"']
     return "\n".join([*top, "", *start, "", self.body]) + "\n"
 
-# %% ../../nbs/lab/21_queue.ipynb #dd44da0e
+# %% ../../nbs/lab/21_queue.ipynb #387b25eb
 _NOTES = ("*.ipynb", "*.html", ".*", "config.toml", "status.json", "metrics.jsonl")  # written by a job that does nothing, too
 
-_CHAPTER = """run={run}
-from={config}
-[ -f "$run/config.toml" ] && from="$run"
-begun={begun}
-touch "$begun"
+_JOB = """{choose}
+begun="$folder/queue/.{mark}.begun"
+mkdir -p "$folder/queue" && touch "$begun"
 
-timeout --preserve-status --signal=TERM --kill-after={margin}m {limit}m {turbvit} run {chapter} "$from"{more}
+timeout --preserve-status --signal=TERM --kill-after={grace}m {limit}m {work}
 code=$?
 
-# Stopped in time: this chapter goes on in another job, if this one has got anywhere.
+# Stopped in time: it goes on in another job, if this one has got anywhere.
 if [ $code = 75 ] || [ $code = 143 ]; then
-    if [ -n "$(find "$run" -type f -newer "$begun" -not -path '*/queue/*' -not -path '*/ranks/*' {notes} -print -quit)" ]; then
+    if [ -n "$(find "$folder" -type f -newer "$begun" -not -path '*/queue/*' -not -path '*/ranks/*' {notes} -print -quit)" ]; then
         {again}
     else
-        echo "{chapter} was stopped and has got nowhere in {limit} minutes: it is not submitted again"
+        echo "{what} was stopped and has got nowhere in {limit} minutes: it is not submitted again"
     fi
 fi
 exit $code"""
+
+
+def _body(wanted: Resources, **words: str) -> str:
+    "The lines of a job that submits itself again."
+    notes = " ".join(f"-not -name '{name}'" for name in _NOTES)
+    return _JOB.format(grace=max(wanted.margin - 1, 1), limit=wanted.minutes - wanted.margin, notes=notes, **words)
 
 
 def called(chapter: Chapter) -> str:
@@ -192,13 +196,17 @@ def chapter_script(
     shared = [] if registry()["stages"].get(chapter.stage, {}).get("alone") or wanted.ranks == 1 else ["--nproc", str(wanted.ranks)]
     sets = [part for text in overrides for part in ("--set", text)]
     again = [*turbvit, "submit", str(folder), "--stages", ",".join(map(called, rest))]
-    place = folder / "queue"
-    body = _CHAPTER.format(
-        run=word(str(folder)), config=word(str(config)), begun=word(str(place / f".{chapter.name}.begun")), margin=max(wanted.margin - 1, 1),
-        limit=wanted.minutes - wanted.margin, turbvit=shlex.join(turbvit), chapter=word(called(chapter)),
-        more="".join(f" {word(part)}" for part in [*sets, *shared]), notes=" ".join(f"-not -name '{name}'" for name in _NOTES), again=shlex.join(again),
+    body = _body(
+        wanted, choose=f'folder={word(str(folder))}\nfrom={word(str(config))}\n[ -f "$folder/config.toml" ] && from="$folder"', mark=chapter.name,
+        work=f'{shlex.join([*turbvit, "run", called(chapter)])} "$from"{"".join(f" {word(part)}" for part in [*sets, *shared])}',
+        again=shlex.join(again), what=chapter.name,
     )
-    return Script(re.sub(r"[^\w.-]", "_", f"{folder.name}-{chapter.name}"), place, wanted, body)
+    return Script(_plain(f"{folder.name}-{chapter.name}"), folder / "queue", wanted, body)
+
+
+def _plain(name: str) -> str:
+    "A name that a queue takes."
+    return re.sub(r"[^\w.-]", "_", name)
 
 # %% ../../nbs/lab/21_queue.ipynb #0e20175c
 def _asked(
@@ -234,26 +242,7 @@ def chain(
     through = _asked(names, config, overrides)
     return [chapter_script(chapter, folder, path, overrides, queue, through[i:], turbvit) for i, chapter in enumerate(through)]
 
-# %% ../../nbs/lab/21_queue.ipynb #828aec76
-_RUN = """run=$(sed -n "${{{number}}}p" {list})
-folder={runs}/"$run"
-begun={place}/".$run.begun"
-touch "$begun"
-
-timeout --preserve-status --signal=TERM --kill-after={margin}m {limit}m {turbvit} sweep {file} --only "$run" --beside
-code=$?
-
-# Stopped in time: this run goes on in another job, if this one has got anywhere.
-if [ $code = 75 ] || [ $code = 143 ]; then
-    if [ -n "$(find "$folder" -type f -newer "$begun" -not -path '*/queue/*' -not -path '*/ranks/*' {notes} -print -quit)" ]; then
-        {turbvit} submit {file} --only "$run"
-    else
-        echo "$run was stopped and has got nowhere in {limit} minutes: it is not submitted again"
-    fi
-fi
-exit $code"""
-
-
+# %% ../../nbs/lab/21_queue.ipynb #4e10d889
 def _levels(sweep: Sweep, due: Sequence[Point]) -> list[list[Point]]:
     "The runs that are due, each after those that it needs."
     level: dict[str, int] = {}
@@ -274,11 +263,12 @@ def arrays(
         raise LabError(f"nothing to submit: all runs of {sweep.name} are done")
     wanted, found, place = queue.of(""), [], sweep.folder / "queue"
     for i, points in enumerate(_levels(sweep, due)):
-        name = f"{sweep.name}-{i + 1}" if len(points) > 1 or i else f"{sweep.name}-{points[0].run}"
-        body = _RUN.format(
-            number=NUMBER[queue.system], list=shlex.quote(str(place / f"{name}.runs")), runs=shlex.quote(str(run_folder("."))), place=shlex.quote(str(place)),
-            margin=max(wanted.margin - 1, 1), limit=wanted.minutes - wanted.margin, turbvit=shlex.join(turbvit),
-            file=shlex.quote(str(sweep.path.absolute())), notes=" ".join(f"-not -name '{name}'" for name in _NOTES),
+        name = _plain(f"{sweep.name}-{points[0].run if len(points) == 1 else i + 1}")
+        file, runs = shlex.quote(str(sweep.path.absolute())), shlex.quote(str(place / f"{name}.runs"))
+        choose = f'run=$(sed -n "${{{NUMBER[queue.system]}}}p" {runs})\nfolder={shlex.quote(str(run_folder(".")))}/"$run"'
+        body = _body(
+            wanted, choose=choose, mark="sweep", work=f'{shlex.join(turbvit)} sweep {file} --only "$run" --beside',
+            again=f'{shlex.join(turbvit)} submit {file} --only "$run"', what="$run",
         )
         found.append((Script(name, place, wanted, body, len(points)), [point.run for point in points]))
     return found
