@@ -1,4 +1,9 @@
-"""Whether two states are the same, to the last bit, and a stop on the way."""
+"""Whether two states are the same, to the last bit; a stop on the way; and a process group of one."""
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 from turbvit_nb.lab.learner import Callback, Learner
@@ -24,3 +29,14 @@ class StopSoon(Callback):
     def after_batch(self, learner: Learner) -> None:
         if learner.step == self.step:
             learner.stop = "asked to"
+
+
+@contextmanager
+def group_of_one(folder: Path) -> Iterator[None]:
+    "A process group of this process alone. Whatever wraps a model with it is deleted inside: a wrapper that outlives its group can wait for ever when it goes."
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        gc.collect()
+        torch.distributed.destroy_process_group()

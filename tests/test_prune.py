@@ -13,7 +13,7 @@ import tomli_w
 import torch
 from torch import nn
 
-from same_bits import equal
+from same_bits import equal, group_of_one
 from turbvit_nb import prune as chapter
 from turbvit_nb.compress.criteria import CRITERIA, SCORES_STRUCTURE, l1, sample_mean
 from turbvit_nb.compress.masks import HoldMasks, Masks, prunable
@@ -90,14 +90,13 @@ def test_a_compiled_model_follows_the_masks():
 
 
 def test_a_distributed_wrapper_follows_the_masks(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        model = network()
-        wrapped, masks = nn.parallel.DistributedDataParallel(model), halved(model)
+    model = network()
+    masks = halved(model)
+    with group_of_one(tmp_path):
+        wrapped = nn.parallel.DistributedDataParallel(model)
         advance(wrapped, HoldMasks(masks, model), torch.optim.AdamW(wrapped.parameters()), 3)
-        assert zeros(model, masks) and zeros(deepcopy(model), masks)
-    finally:
-        torch.distributed.destroy_process_group()
+        del wrapped
+    assert zeros(model, masks) and zeros(deepcopy(model), masks)
 
 
 def test_tied_weights_are_counted_once():

@@ -8,6 +8,7 @@ __all__ = ['Ranks', 'ranks', 'meet', 'part', 'own', 'told', 'everyones', 'summed
 
 # %% ../../nbs/lab/02_ranks.ipynb #da289c06
 import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ def meet() -> Ranks:
 
 
 def _part() -> None:
-    "Leave the others."
+    "Leave the others. What wraps a model goes first: one that outlives its group can wait for ever when it goes."
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
