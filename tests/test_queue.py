@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from test_jobs import CONFIG, RUN
+from test_jobs import CONFIG, RUN, wait_for
 from turbvit_nb.lab.runs import read_metrics, stages
 
 BIN = Path(sys.executable).parent
@@ -173,14 +173,6 @@ def turbvit(*words: str) -> str:
     return done.stdout
 
 
-def waited(what, seconds: float = 150) -> None:
-    "Until it is so."
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(0.5)
-
-
 def state_of(folder: Path, stage: str) -> str:
     "Of a stage, which may not have begun."
     return stages(folder).get(stage, {}).get("state", "") if (folder / "status.json").exists() else ""
@@ -194,14 +186,14 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
     assert not folder.exists()
     said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.001")
     assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
-    waited(lambda: state_of(folder, "inference") == "done")
+    wait_for(lambda: state_of(folder, "inference") == "done", 150)
     rows = read_metrics(folder, stage="train")
     assert stages(folder)["train"]["state"] == "done" and [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     if site == "slurm":
         logs = {name: sorted((folder / "queue").glob(f"*{name}.*.log")) for name in CHAPTERS}
         assert len(logs["02_train"]) > 1 and len(logs["04_inference"]) == 1, "the training took one job, or the rollout was begun before it was done"
-        waited(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout, 20)
+        wait_for(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True).stdout, 20)
     with pytest.raises(AssertionError, match="nothing to submit"):
         turbvit("submit", "one.toml", "--stages", names)
 
@@ -212,7 +204,7 @@ def test_a_sweep_is_an_array(site, tmp_path):
     assert len(said.splitlines()) == 1 and "study-1.sh" in said
     assert (tmp_path / "runs/study/queue/study-1.runs").read_text() == "study/0\nstudy/1\n"
     folders = [tmp_path / "runs" / f"study/{seed}" for seed in (0, 1)]
-    waited(lambda: all(state_of(folder, "train") == "done" for folder in folders))
+    wait_for(lambda: all(state_of(folder, "train") == "done" for folder in folders), 150)
 
 
 STUB = """#!/bin/bash

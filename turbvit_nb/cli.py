@@ -192,7 +192,7 @@ def _job(
     job = plan_job(chapter, config, overrides, parameters, lessons)
     if processes > 1 and ranks().alone:
         one_process(job.chapter.stage, processes)
-        if code := launch(processes, words_of(job.chapter.path, job.parameters)):
+        if code := launch(processes, words_of(job.chapter.path, config, overrides, parameters)):
             raise typer.Exit(code)
         return
     if not ranks().first:  # the first speaks
@@ -224,8 +224,8 @@ def nice(path: Path) -> str:
 # %% ../nbs/cli.ipynb #8912052c
 def _all(config: str, overrides: list[str], lessons: bool, processes: int = 1) -> None:
     "Work off a config, and say beforehand what there is to do."
-    from turbvit_nb.lab.config import registry
     from turbvit_nb.lab.jobs import steps
+    from turbvit_nb.lab.runs import is_alone
 
     table = Table(box=None, show_header=False)
     for step in steps(config, overrides):
@@ -234,8 +234,7 @@ def _all(config: str, overrides: list[str], lessons: bool, processes: int = 1) -
     for i in range(table.row_count):  # looked at anew: what is made again makes later stages stale
         step = steps(config, overrides)[i]
         if step.due:
-            alone = registry()["stages"][step.chapter.stage].get("alone")
-            _job(step.chapter.name, step.source, overrides, lessons=lessons, processes=1 if alone else processes)
+            _job(step.chapter.name, step.source, overrides, lessons=lessons, processes=1 if is_alone(step.chapter.stage) else processes)
 
 
 @app.command()

@@ -7,13 +7,12 @@ __all__ = ['DEMO', 'demo_needs', 'check_unchanged', 'demo_command', 'clear_demo'
 
 # %% ../../nbs/lab/14_demo.ipynb #5c30d9e6
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from .config import LabError, load_config, run_folder
 from .jobs import find_chapter
-from .launch import Together
+from .launch import Together, words_of
 from .runs import stages
 
 # %% ../../nbs/lab/14_demo.ipynb #66e307b2
@@ -69,8 +68,7 @@ def demo_command(
     entry = stages(folder).get(find_chapter(chapter).stage)
     if entry and entry["state"] == "done" and "stale" not in entry:
         return None
-    program = [sys.executable, "-m", "turbvit_nb.cli", "run", "--no-lessons"]
-    return [*program, chapter, str(folder if entry else config)]
+    return words_of(chapter, folder if entry else config, lessons=False)
 
 # %% ../../nbs/lab/14_demo.ipynb #42d6a9d2
 def clear_demo(configs: Path) -> None:

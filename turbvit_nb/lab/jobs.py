@@ -6,7 +6,7 @@
 __all__ = ['PARENT', 'WHOLE', 'KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'FOLDED', 'JOB_LOCK', 'Chapter',
            'chapters', 'find_chapter', 'Report', 'wrapped', 'run_heading', 'lessons', 'JobClient', 'JobEngine',
            'Signals', 'JobError', 'explain', 'execute', 'MathRenderer', 'MathExporter', 'ReportExporter', 'html_copy',
-           'folder_of', 'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
+           'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
 
 # %% ../../nbs/lab/10_jobs.ipynb #a64babfb
 import ast
@@ -46,7 +46,7 @@ from .config import registry, run_folder
 from .files import atomic
 from .progress import Relay, clock
 from .ranks import ranks
-from .runs import Lock, locked, plan_run, stages
+from .runs import Lock, folder_of, locked, plan_run, stages
 
 # %% ../../nbs/lab/10_jobs.ipynb #a05f886a
 @dataclass(frozen=True)
@@ -479,19 +479,10 @@ def html_copy(
 JOB_LOCK = ".job"
 
 
-def folder_of(
-    path: Path,  # of a TOML file, or a run folder
-    settings: Settings,  # that it holds
-) -> Path | None:
-    "The run folder that a config means."
-    name = settings.top.output_dir or settings.top.run
-    return path if path.is_dir() else run_folder(name) if name else None
-
-
 def _planned(path: Path, stage: str, overrides: Iterable[str]) -> tuple[Path | None, Settings]:
     "As `plan_run`, for a rank that leaves all questions to the first."
     settings = load_config(path, overrides)
-    return folder_of(path, settings), settings
+    return path if path.is_dir() else folder_of(settings), settings
 
 
 @dataclass(frozen=True)
@@ -652,7 +643,7 @@ def steps(
     "What a config asks for and how far it is."
     path, known = find_config(config), registry()["stages"]
     settings = load_config(path, overrides)
-    folder = folder_of(path, settings)
+    folder = path if path.is_dir() else folder_of(settings)
     entries = stages(folder) if folder else {}
     through = [chapter for chapter in chapters() if chapter.stage in known]
     through = _in_turn(through, {stage: entry["after"] for stage, entry in known.items()})

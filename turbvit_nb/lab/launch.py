@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from queue import Queue
 from threading import Thread
 from types import FrameType
@@ -123,14 +122,16 @@ GRACE = 600  # seconds in which a rank may end in good order
 
 
 def words_of(
-    chapter: Path,  # a notebook
-    parameters: dict[str, Any],  # of it
+    chapter: str | os.PathLike,  # a name, or a notebook
+    config: str | os.PathLike,
+    overrides: Iterable[str] = (),  # "training.epochs=3", …
+    parameters: Mapping[str, Any] | None = None,  # further ones of the notebook
+    lessons: bool = True,  # execute them too
 ) -> list[str]:
-    "The command line that runs a chapter with these parameters."
-    given = dict(parameters)
-    words = ["run", str(chapter), given.pop("config")]
-    words += [word for value in given.pop("overrides") for word in ("--set", value)]
-    words += [word for name, value in given.items() for word in ("-p", f"{name}={json.dumps(value)}")]
+    "The command line that runs a chapter."
+    words = ["run", *([] if lessons else ["--no-lessons"]), str(chapter), str(config)]
+    words += [word for value in overrides for word in ("--set", value)]
+    words += [word for name, value in (parameters or {}).items() for word in ("-p", f"{name}={json.dumps(value)}")]
     return [sys.executable, "-m", "turbvit_nb.cli", *words]
 
 

@@ -20,9 +20,10 @@ from typing import Annotated, Any, Literal
 from fastcore.basics import patch
 from pydantic import Field
 
-from .config import LabError, Section, find_config, load_config, read_toml, registry, run_folder
+from .config import LabError, Section, find_config, load_config, nbs_dir, read_toml, run_folder
 from .files import atomic
-from .jobs import Chapter, chapters, find_chapter, folder_of, steps
+from .jobs import Chapter, find_chapter, steps
+from .runs import BESIDE, OWN, folder_of, is_alone
 from .sweeping import check_sweep, choose, look
 from .sweeps import Point, Sweep, Task, read_sweep
 
@@ -150,7 +151,7 @@ def text(
     return "\n".join([*top, "", *start, "", self.body]) + "\n"
 
 # %% ../../nbs/lab/21_queue.ipynb #387b25eb
-_NOTES = ("*.ipynb", "*.html", ".*", "config.toml", "status.json", "metrics.jsonl")  # written by a job that does nothing, too
+_NOTES = ("*.ipynb", "*.html", ".*", *(name for name in OWN if not name.startswith(".")))  # written by a job that does nothing, too
 
 _JOB = """{choose}
 begun="$folder/queue/.{mark}.begun"
@@ -161,7 +162,7 @@ code=$?
 
 # Stopped in time: it goes on in another job, if this one has got anywhere.
 if [ $code = 75 ] || [ $code = 143 ]; then
-    if [ -n "$(find "$folder" -type f -newer "$begun" -not -path '*/queue/*' -not -path '*/ranks/*' {notes} -print -quit)" ]; then
+    if [ -n "$(find "$folder" -type f -newer "$begun" {notes} -print -quit)" ]; then
         {again}
     else
         echo "{what} was stopped and has got nowhere in {limit} minutes: it is not submitted again"
@@ -172,14 +173,14 @@ exit $code"""
 
 def _body(wanted: Resources, **words: str) -> str:
     "The lines of a job that submits itself again."
-    notes = " ".join(f"-not -name '{name}'" for name in _NOTES)
+    notes = " ".join([*(f"-not -path '*/{name}/*'" for name in BESIDE), *(f"-not -name '{name}'" for name in _NOTES)])
     return _JOB.format(grace=max(wanted.margin - 1, 1), limit=wanted.minutes - wanted.margin, notes=notes, **words)
 
 
 def called(chapter: Chapter) -> str:
     "The word for a chapter on the command line: the name of one of the lab's own, else its path."
-    own = [known.name for known in chapters() if known.path == chapter.path]
-    return own[0] if own else str(chapter.path.absolute())
+    path = chapter.path.absolute()
+    return chapter.name if path.parent == nbs_dir().absolute() else str(path)
 
 
 def chapter_script(
@@ -193,7 +194,7 @@ def chapter_script(
 ) -> Script:
     "The job of a chapter."
     wanted, word = queue.of(chapter.name), shlex.quote
-    shared = [] if registry()["stages"].get(chapter.stage, {}).get("alone") or wanted.ranks == 1 else ["--nproc", str(wanted.ranks)]
+    shared = [] if is_alone(chapter.stage) or wanted.ranks == 1 else ["--nproc", str(wanted.ranks)]
     sets = [part for text in overrides for part in ("--set", text)]
     again = [*turbvit, "submit", str(folder), "--stages", ",".join(map(called, rest))]
     body = _body(
@@ -236,7 +237,7 @@ def chain(
 ) -> list[Script]:  # each is to wait for the one before
     "The jobs of a run. Raises `LabError`."
     path = find_config(config).absolute()
-    folder = folder_of(path, load_config(path, overrides))
+    folder = path if path.is_dir() else folder_of(load_config(path, overrides))
     if folder is None:
         raise LabError(f"{config} names no output_dir, so a second job could not find what the first has done; add one")
     through = _asked(names, config, overrides)

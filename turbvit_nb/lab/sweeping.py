@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -32,7 +31,7 @@ from rich.markup import escape
 from .config import Config, LabError, load_config, registry, run_folder
 from .files import atomic
 from .jobs import INTERRUPTED, RESUME, TERMINATED, WHOLE, JobError, at_work, unopened
-from .launch import Together
+from .launch import Together, words_of
 from .progress import clock
 from .runs import Lock, check_joins, history, locked, stages
 from .sweeps import Point, Sweep, Task, find_sweeps, keep_copy, named_in, points, read_sweep
@@ -245,12 +244,9 @@ def turbvit(
     task: Task,
 ) -> list[str]:  # a command line
     "What does a task: `turbvit run`, from the base or from where it was stopped."
-    program = [sys.executable, "-m", "turbvit_nb.cli", "run", "--no-lessons"]
-    program.append(str(task.chapter.path))
-    if task.chapter.stage in history(task.point.folder):
-        return [*program, str(task.point.folder)]
-    sets = (word for text in task.point.overrides for word in ("--set", text))
-    return [*program, str(task.point.base), *sets]
+    begun = task.chapter.stage in history(task.point.folder)
+    source = (task.point.folder,) if begun else (task.point.base, task.point.overrides)
+    return words_of(task.chapter.path, *source, lessons=False)
 
 
 def choose(
