@@ -36,11 +36,12 @@ class BenchmarkConfig(Section):
     grids: list[int] = Field([48, 64, 96], min_length=1)  # on which both sides try how exact they are
     errors: list[float] = Field([1e-2, 1e-3, 1e-4], min_length=1)  # at which their costs are compared
 
-    fno_modes: int = Field(16, ge=1)  # Fourier modes per direction that the peer's layers keep
-    fno_width: int = Field(32, ge=1)  # its channels
+    fno_modes: int = Field(24, ge=1)  # Fourier modes per direction that the peer's layers keep
+    fno_width: int = Field(28, ge=1)  # its channels
     fno_layers: int = Field(4, ge=1)
     lr: float = Field(2e-3, gt=0)  # of the training, at its peak
     fno_lr: float = Field(2e-3, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the training of both, and of the bare product
     skill_seconds: float = Field(90.0, ge=0)  # of training for each network and seed; 0: no training
     skill_seeds: list[int] = [0, 1]
     skill_points: int = Field(4, ge=1)  # times that the skill is looked at
