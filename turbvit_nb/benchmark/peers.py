@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..lab.config import LabError, ours
 
@@ -124,6 +126,7 @@ class There:
         more = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TURBVIT_PROGRESS": "0"}
         more |= {"PYTHONPATH": checkout, "TURBVIT_PIPE": self.folder.name}
         command = [python, "-c", "from turbvit_nb.benchmark.peers import serve; serve()"]
+        self.process: subprocess.Popen | None = None
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         try:
             self.process = subprocess.Popen(command, env=os.environ | more, **pipes)
@@ -133,9 +136,6 @@ class There:
             told = error.strerror if isinstance(error, OSError) else error
             remedy = "it needs the lab and the peers: see nbs/benchmark/02_peers.ipynb"
             raise LabError(f"benchmark.peers = {python}: {told}; {remedy}") from None
-
-# %% ../../nbs/benchmark/02_peers.ipynb #31b1e130
-from fastcore.basics import patch
 
 # %% ../../nbs/benchmark/02_peers.ipynb #3befeedb
 @patch
@@ -186,10 +186,11 @@ def about(self: There) -> dict[str, str]:
 @patch
 def close(self: There) -> None:
     "End the process."
-    if (process := getattr(self, "process", None)) is not None:
-        process.stdin.close()
-        process.wait(timeout=30)
-        process.stdout.close()
+    if self.process is not None:
+        with suppress(BrokenPipeError):  # it has ended before
+            self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
     self.errors.close()
     self.folder.cleanup()
 
