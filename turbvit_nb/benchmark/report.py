@@ -17,6 +17,7 @@ from pathlib import Path
 
 import holoviews as hv
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from ..lab.files import atomic
 from ..lab.plots import Table, beside, curves, forest, interval_text
@@ -94,7 +95,7 @@ ROUTINE = {  # of a subject: where the time goes, said where an aim is missed
     "solver": "between the transforms a stage multiplies, pads and copies, which a compiler of whole loops puts together",
     "loader": "what a batch costs beyond its bytes is the way from vorticity to velocity, two transforms a frame",
     "training": "what is missing is attention, norms, activations and the optimizer, which count as no product",
-    "rollout": "the rest is units, increments and the projection onto fields without divergence",
+    "rollout": "at every step evaluation mode is set for all modules and taken back, which a loop does once or never",
     "analysis": "the sums are taken in double precision, and of every wave",
 }
 
@@ -206,10 +207,18 @@ def frontier(found: Results, side: str) -> tuple[list[float], list[float]]:  # m
     return [ms for ms, _ in line], [error for _, error in line]
 
 
+def _sparse_ticks(plot, element) -> None:
+    "A HoloViews hook: the shape of the lab's curves, and names at whole ticks only."
+    plot.handles["axis"].set_aspect("auto")
+    plot.handles["axis"].set_box_aspect(1 / 1.5)
+    plot.handles["axis"].xaxis.set_minor_formatter(NullFormatter())
+
+
 def precision_figure(found: Results) -> hv.Overlay:
     "Error against the cost of a time unit."
     lines = {side: frontier(found, side) for side in dict.fromkeys(p.side for p in found.points)}
-    return curves({name: line for name, line in lines.items() if line[0]}, "milliseconds per time unit", "relative error", logx=True, logy=True)
+    able = {name: line for name, line in lines.items() if line[0]}
+    return curves(able, "milliseconds per time unit", "relative error", logx=True, logy=True, hooks=[_sparse_ticks])
 
 # %% ../../nbs/benchmark/08_report.ipynb #4bcbebdf
 def ratio_rows(found: Results) -> dict[str, tuple[float, float, float]]:
@@ -259,7 +268,7 @@ def growth_figure(found: Results) -> hv.Overlay:
             lines[f"{subject}, {races[0].unit}"] = [r.size for r in races], [1e3 * r.seconds()[0] for r in races]
     sizes = sorted({race.size for race in found.races})
     ticks = {"xticks": [(N, str(N)) for N in sizes]} if len(sizes) > 1 else {}
-    return curves(lines, "points per side N", "milliseconds", logx=True, logy=True, **ticks)
+    return curves(lines, "points per side N", "milliseconds", logx=True, logy=True, hooks=[_sparse_ticks], **ticks)
 
 # %% ../../nbs/benchmark/08_report.ipynb #59709ac2
 def skill_figure(found: Results) -> hv.Overlay:
