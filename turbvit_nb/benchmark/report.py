@@ -6,12 +6,12 @@
 __all__ = ['ROUTINE', 'WORK', 'Results', 'save_results', 'read_results', 'planted', 'ends_text', 'times_text', 'verdict_of',
            'first_of', 'solver_lines', 'loader_lines', 'share_lines', 'peer_lines', 'reached', 'why_short',
            'skill_lines', 'findings', 'frontier', 'precision_figure', 'ratio_rows', 'share_rows', 'ratio_figure',
-           'growth_rows', 'growth_figure', 'skill_figure', 'summary']
+           'share_figure', 'growth_rows', 'growth_figure', 'skill_figure', 'summary']
 
 # %% ../../nbs/benchmark/08_report.ipynb #12da0824
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 
 from ..lab.files import atomic
-from ..lab.plots import Table, beside, curves, forest
+from ..lab.plots import Table, curves, forest
 from .keys import SUBJECTS
 from .solver import Point
 from .turns import Race, as_json, exponent, from_json, transform_work
@@ -260,10 +260,14 @@ def share_rows(found: Results) -> dict[str, tuple[float, float, float]]:
     return {f"{race.subject}, {race.limit}": race.share() for race in races}
 
 
-def ratio_figure(found: Results) -> hv.Layout:
-    "Both, side by side."
-    ratios = forest(ratio_rows(found), "time of the peer over ours", reference=1.0)
-    return beside(ratios, forest(share_rows(found), "share of the machine's limit", reference=1.0))
+def ratio_figure(found: Results) -> hv.Overlay:
+    "The peers' times over ours."
+    return forest(ratio_rows(found), "time of the peer over ours", reference=1.0)
+
+
+def share_figure(found: Results) -> hv.Overlay:
+    "Our shares of the machine's limit."
+    return forest(share_rows(found), "share of the machine's limit", reference=1.0)
 
 # %% ../../nbs/benchmark/08_report.ipynb #317f65a2
 WORK = {"solver": "N² log N", "training": "tokens", "rollout": "tokens", "loader": "N²", "analysis": "N²"}
