@@ -8,6 +8,7 @@ __all__ = ['picked', 'file_mark', 'fingerprint', 'is_same', 'read_netcdf', 'writ
 # %% ../../nbs/lab/08_results.ipynb #7865784c
 import json
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,10 @@ def write_netcdf(
     for name, variable in data.data_vars.items():
         if variable.dtype.kind == "f":
             encoding[name] = small | ({"dtype": "float32"} if single(variable) else {})
+    image = BytesIO()  # HDF5 on a full disk does not fail, it crashes
+    data.to_netcdf(image, engine="h5netcdf", encoding=encoding)
     with atomic(path) as part:
-        data.to_netcdf(part, engine="h5netcdf", encoding=encoding)
+        part.write_bytes(image.getbuffer())
 
 # %% ../../nbs/lab/08_results.ipynb #9890865a
 def up_to_date(

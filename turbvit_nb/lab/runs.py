@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -432,7 +433,8 @@ def interrupted(self: Run, error: BaseException | None = None) -> None:
         stopped = error is None or isinstance(error, KeyboardInterrupt)
         line = lambda: f"{type(error).__name__}: {in_one_line(error)}".splitlines()[0]
         why = {} if error is None else {"error": line()}
-        self._end("stopped" if stopped else "failed", **why)
+        with suppress(LabError):  # a disk that is full has no room for this either: the stage will count as killed
+            self._end("stopped" if stopped else "failed", **why)
 
 
 @patch
