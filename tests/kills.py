@@ -214,7 +214,7 @@ def server() -> Iterator[Server]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- what is left
-TIMES = {"seconds", "joules", "started", "ended", "changed", "opened", "process", "wrote", "run_id", "id"}  # wrote: of status.json, that it was killed after the first
+TIMES = {"seconds", "joules", "started", "ended", "changed", "opened", "process", "wrote", "begun", "run_id", "id"}  # wrote: of status.json, that it was killed after the first
 
 
 def _of_a_clock(key: str) -> bool:
@@ -241,7 +241,7 @@ def _read(path: Path) -> object:
     if path.suffix == ".tar":
         return _timeless(read_checkpoint(path))
     if path.suffix == ".json":
-        return json.dumps(_timeless(json.loads(path.read_text())))
+        return json.dumps(_timeless(json.loads(path.read_text())), sort_keys=True)
     if path.suffix == ".jsonl":
         return [json.dumps(_timeless(json.loads(line))) for line in path.read_text().splitlines()]
     if path.suffix == ".nc":
@@ -255,7 +255,7 @@ def _read(path: Path) -> object:
     return path.read_bytes()
 
 
-UNCOMPARED = {".lock", "latency.json"}
+UNCOMPARED = {".lock", "latency.json", "files.json"}
 
 
 def contents(folder: Path) -> dict[str, object]:  # by path in the folder

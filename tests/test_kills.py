@@ -1,12 +1,20 @@
 """Nothing is lost: every stage is killed, at random moments and at system calls that write, and goes on to the same bits; a full disk takes nothing away."""
+import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import pytest
 from kills import STAGES, STRACE, Server, contents, server
 from same_bits import equal
+
+from turbvit_nb.lab.doctor import GRAVE, examined
+from turbvit_nb.lab.runs import read_metrics, stages
 
 pytestmark = pytest.mark.skipif(STRACE is None, reason="no strace on the PATH: it ends a job at a system call")
 
@@ -85,10 +93,13 @@ def differences(a: dict, b: dict) -> list[str]:
 
 
 def lives(world: World, name: str, home: Path, *deaths: dict) -> list[dict]:
-    "A stage that dies several times, is resumed each time, and then has come to the same end as undisturbed."
-    ends = [world.server.life(name, home, world.data, **how) for how in [*deaths, {}]]
+    "A stage that dies several times, is resumed each time, and then has come to the same end as undisturbed; `turbvit doctor` finds nothing damaged on the way."
+    ends, hurt = [], []
+    for how in [*deaths, {}]:
+        ends.append(world.server.life(name, home, world.data, **how))
+        hurt += [finding for finding in examined(home / STAGES[name].run_name, lambda items, desc: items) if finding.grade == GRAVE]
     said = f"{name} after {deaths}: {ends}"
-    assert ends[-1]["code"] == 0, said
+    assert ends[-1]["code"] == 0 and not hurt, f"{said}; {hurt}"
     assert differences(contents(home), world.reference(name).after) == [], said
     return ends
 
@@ -138,3 +149,49 @@ def test_disk_full_again_and_again(name, round, world, tmp_path):
     full = reference.full(chance)
     end = lives(world, name, home, full)[0]
     assert ran_out(end), (full, end)
+
+
+def test_killed_after_its_last_step(world, tmp_path):
+    "The learning rate in the state of the optimizer is that of the last step, even where the resumed process takes none."
+    home = world.begin("prune", tmp_path)
+    lives(world, "prune", home, {"kill": {"fsync": 21}})
+
+
+SAME_INSTANT = """
+import sys, time
+from turbvit_nb.lab.runs import open_run
+time.sleep(max(float(sys.argv[1]) - time.time(), 0))
+run = open_run("configs/smoke/train.toml", "train", ["run=both"])
+run.log(step=1, loss=0.5)
+time.sleep(2)
+run.finish()
+print("done")
+"""
+
+
+def test_of_jobs_that_start_in_the_same_instant_one_runs(tmp_path):
+    "The others are told who is there, or that it has been done."
+    environment = os.environ | {"TURBVIT_RUNS": str(tmp_path)}
+    at = str(time.time() + 12)
+    jobs = [subprocess.Popen([sys.executable, "-c", SAME_INSTANT, at], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [job.communicate(timeout=120) for job in jobs]
+    assert [out for out, _ in said].count("done\n") == 1, said
+    refused = [errors for out, errors in said if not out]
+    assert all(errors.count("\n") == 1 and ("is being written by process" in errors or "already holds stage train" in errors) for errors in refused), refused
+    assert len(read_metrics(tmp_path / "both")) == 1
+
+
+def test_a_stage_does_not_go_on_with_other_data(world, tmp_path):
+    "Refused in one line before anything is done; with the data put back it goes on to the same bits."
+    home, data, reference = world.begin("train", tmp_path), tmp_path / "data", world.reference("train")
+    shutil.copytree(world.data, data)
+    assert world.server.life("train", home, data, after=0.8 * reference.seconds)["code"] == -9
+    frames = next(data.rglob("frames.h5"))
+    with h5py.File(frames, "r+") as file:
+        name = max(file, key=lambda name: file[name].size)
+        file[name][0] = file[name][0][::-1]
+    if "train" in stages(home / "r") and "data" in stages(home / "r")["train"]:
+        refused = world.server.life("train", home, data)
+        assert refused["code"] == 1 and "train was begun with other data than [train_dataset] names now" in refused["words"], refused
+    shutil.copy(next(world.data.rglob("frames.h5")), frames)
+    lives(world, "train", home)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WELCOME', 'app', 'console', 'Version', 'Set', 'Parameter', 'Lessons', 'Processes', 'Program', 'welcome', 'plainly',
-           'nice', 'run', 'resume', 'status', 'check', 'inspect', 'example', 'sweep', 'submit', 'deploy', 'generate',
-           'import_', 'pack', 'gif', 'explore', 'demo_data', 'demo_step', 'demo_run', 'title_of', 'demo_movie',
-           'demo_rows', 'demo_table', 'demo', 'main']
+           'nice', 'run', 'resume', 'status', 'doctor', 'check', 'inspect', 'example', 'sweep', 'submit', 'deploy',
+           'generate', 'import_', 'pack', 'gif', 'explore', 'demo_data', 'demo_step', 'demo_run', 'title_of',
+           'demo_movie', 'demo_rows', 'demo_table', 'demo', 'main']
 
 # %% ../nbs/cli.ipynb #048955e2
 import functools
@@ -49,6 +49,7 @@ WELCOME = """[bold]turbvit[/] trains, prunes and judges emulators of two-dimensi
   [cyan]turbvit sweep study.toml[/]                    many runs from one file, as many at once as there are cores
   [cyan]turbvit submit my.toml[/]                      the same as jobs of PBS or Slurm, each waiting for the one before
   [cyan]turbvit status[/]                              all sweeps and runs and how far they are
+  [cyan]turbvit doctor[/]                              every file of every run, read and judged
 
   [cyan]turbvit deploy runs/vit128[/]                  models as fast programs, each checked against the original
 
@@ -333,6 +334,28 @@ def status(
         console.print(laid_out(rows, console.width))
     elif not runs and not lines:
         console.print(f"no runs in {escape(nice(runs_dir()))} yet; try [cyan]turbvit demo[/]")
+
+# %% ../nbs/cli.ipynb #a5d80002
+@app.command()
+@plainly
+def doctor(
+    runs: Annotated[list[str], typer.Argument(help="run folders; default: all", autocompletion=_run_names)] = [],
+) -> None:
+    "Read every file of a run: what is damaged, missing or half done, and what to do. Exit code 1 where anything is damaged."
+    from turbvit_nb.lab.config import find_config
+    from turbvit_nb.lab.doctor import GRAVE, examined
+    from turbvit_nb.lab.runs import find_runs
+
+    damaged = False
+    for folder in map(find_config, runs) if runs else find_runs():
+        found = examined(folder)
+        damaged |= any(finding.grade == GRAVE for finding in found)
+        console.print(f"[bold]{escape(nice(folder))}[/]{'' if found else ': [green]all is well[/]'}")
+        for one in found:
+            console.print(f"  [{'red' if one.grade == GRAVE else 'yellow'}]{one.grade}[/] {escape(f'{one.what}: {one.why}')}", soft_wrap=True)
+            console.print(f"    [dim]{escape(one.remedy)}[/]", soft_wrap=True) if one.remedy else None
+    if damaged:
+        raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #09694766
 def _show(

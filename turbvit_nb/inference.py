@@ -136,8 +136,7 @@ def save(self: RolloutJob, state: str) -> None:
     "Write the chunks, what the rollouts are, and the state to go on from."
     for writer, ended in zip(self.writers, self.ended):
         writer.flush()
-        if not ended:
-            writer.describe(state, self.step)
+        writer.describe(*("blown up", int(ended) - 1) if ended else (state, self.step))
     if self.step % self.emulator.out_frames:
         return
     kept = {f"state_{name}": value.cpu().numpy() for name, value in self.state.items()}
@@ -166,6 +165,8 @@ def restore(self: RolloutJob) -> None:
                 )
                 if "generator" in kept:
                     self.generator.set_state(torch.from_numpy(kept["generator"]))
+                for writer in self.writers:
+                    writer.recall()
                 return
         file.unlink()
     for writer in self.writers:

@@ -8,8 +8,10 @@ __all__ = ['Limits', 'energy_and_peak', 'blown_up', 'limits_of', 'RolloutWriter'
 # %% ../../nbs/climate/00_rollouts.ipynb #1aca0600
 import json
 import mmap
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from fastcore.basics import patch
 from ..datasets import FrameDataset, to_velocity
 from ..lab.checkpoints import Identity, identity_of, order
 from ..lab.config import LabError
-from ..lab.files import atomic, result_file
+from ..lab.files import atomic, earlier, result_file
 from ..physics.py2d import Regime, open_store
 from ..physics.spectral import Grid
 
@@ -63,12 +65,14 @@ def limits_of(
     return Limits(max_growth * energy.max().item(), max_growth * vorticity.max().item())
 
 # %% ../../nbs/climate/00_rollouts.ipynb #742868a4
-def _save_array(path: Path, states: np.ndarray) -> None:
+def _save_array(path: Path, states: np.ndarray) -> int:  # CRC-32 of the file
     "Write an array as `np.save` does; a full disk raises an `OSError` that says so."
-    layout = np.lib.format.header_data_from_array_1_0(states)
+    layout, header, data = np.lib.format.header_data_from_array_1_0(states), BytesIO(), np.ascontiguousarray(states).data
+    np.lib.format.write_array_header_1_0(header, layout)
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, layout)
-        file.write(np.ascontiguousarray(states).data)
+        file.write(header.getbuffer())
+        file.write(data)
+    return zlib.crc32(data, zlib.crc32(header.getbuffer()))
 
 # %% ../../nbs/climate/00_rollouts.ipynb #be177f58
 class RolloutWriter:
@@ -81,7 +85,13 @@ class RolloutWriter:
     ):
         self.folder, self.header = folder, header
         self.pending: list[np.ndarray] = []
+        self.sums: dict[str, int] = {}  # CRC-32 of each chunk
         folder.mkdir(parents=True, exist_ok=True)
+
+    def recall(self) -> None:
+        "Take up the sums of the chunks that an earlier process has written."
+        known = earlier(self.folder / "rollout.json", lambda path: json.loads(path.read_text()))
+        self.sums = (known or {}).get("crc32", {})
 
     def append(self, step: int, uv: np.ndarray) -> None:
         "Keep a copy of the state (2, N, N) of `step`, in memory until the next `flush`."
@@ -93,14 +103,14 @@ class RolloutWriter:
         "Write what is pending as one chunk. A full disk raises `LabError`."
         if self.pending:
             with atomic(self.folder / f"{self.first}.npy") as path:
-                _save_array(path, np.stack(self.pending))
+                self.sums[str(self.first)] = _save_array(path, np.stack(self.pending))
             self.pending = []
 
     def describe(self, state: str, last: int, **more) -> None:
         "Write rollout.json: `state` is running, done or blown up, `last` the last valid step."
         with atomic(self.folder / "rollout.json") as path:
             path.write_text(
-                json.dumps(self.header | {"state": state, "last": last} | more, indent=1)
+                json.dumps(self.header | {"state": state, "last": last, "crc32": self.sums} | more, indent=1)
             )
 
 # %% ../../nbs/climate/00_rollouts.ipynb #14c50efc

@@ -7,13 +7,10 @@ __all__ = ['KEEP', 'GenerateConfig', 'description', 'what_it_makes', 'size_in_by
            'announcement', 'generate']
 
 # %% ../../nbs/data/00_generate.ipynb #807450c8
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +18,7 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
-from ..lab.files import atomic, read_checkpoint, write_checkpoint
+from ..lab.files import alone_in, atomic, read_checkpoint, write_checkpoint
 from ..lab.progress import clock, note, progress
 from ..lab.runs import resolve_device
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
@@ -210,18 +207,6 @@ def _prepare(cfg: GenerateConfig, root: Path) -> None:
             f"{root}: [generate] needs {need / 1e6:.3g} MB and {there / 1e6:.3g} MB are free"
         )
 
-# %% ../../nbs/data/00_generate.ipynb #2c4db17f
-@contextmanager
-def _locked(path: Path, waiting: str) -> Iterator[None]:
-    "Hold a lock that the system releases when the process ends, however it ends."
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 # %% ../../nbs/data/00_generate.ipynb #aefb9555
 def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
     "Make the data of a section, if they are not there; after a kill it goes on, to the same bits."
@@ -230,7 +215,7 @@ def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
         return root
     resolve_device(cfg.device)  # before anything is written
     _prepare(cfg, root)
-    with _locked(root / ".lock", f"another process is making the data in {root}; waiting for it"):
+    with alone_in(root, f"another process is making the data in {root}; waiting for it"):
         if not _made(root, cfg):
             note(announcement(cfg, root))
             with atomic(root / "generate.part.json") as part:

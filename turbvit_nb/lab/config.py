@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LabError', 'disk_trouble', 'is_users', 'in_one_line', 'load_ipython_extension', 'hint', 'Section', 'root', 'nbs_dir',
            'runs_dir', 'data_path', 'run_folder', 'named_file', 'needed_file', 'find_config', 'read_toml', 'Top',
-           'registry', 'ours', 'schemas', 'schema', 'Config', 'load_config', 'code_version']
+           'registry', 'ours', 'schemas', 'schema', 'Config', 'load_config', 'code_version', 'versions']
 
 # %% ../../nbs/lab/00_config.ipynb #f51763b5
 import errno
 import json
 import os
+import platform
 import re
 import subprocess
 import tomllib
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,10 @@ class Section(BaseModel):
         name: str,  # of this section in it
     ) -> None:
         "Look, before a run is made, at what the section names: files, sizes. Raises `LabError`."
+
+    def identity(self) -> list[dict] | None:  # of each run of a flow: flow, frames, sha256, as far as they are known
+        "What the data are that the section names, so that a result can be traced to them; None where it names none."
+        return None
 
 # %% ../../nbs/lab/00_config.ipynb #b8aea26a
 def root() -> Path:
@@ -431,12 +436,20 @@ def load_config(
 @cache
 def code_version() -> str:  # "turbvit_nb 0.1.0, commit 1a2b3c4 with changes"
     "The version of the package and, in a checkout, the commit."
-    version = f"{_PACKAGE.name} {turbvit_nb.__version__}"
+    ours = f"{_PACKAGE.name} {turbvit_nb.__version__}"
     if not (root() / ".git").exists() or not (root() / _PACKAGE.name).is_dir():
-        return version
+        return ours
     git = ["git", "-C", str(root()), "describe", "--always", "--abbrev=7", "--match=", "--dirty"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
-        return version
-    return f"{version}, commit {done.stdout.strip().replace('-dirty', ' with changes')}"
+        return ours
+    return f"{ours}, commit {done.stdout.strip().replace('-dirty', ' with changes')}"
+
+# %% ../../nbs/lab/00_config.ipynb #a5d7e001
+_NUMERICAL = ("torch", "numpy", "scipy", "h5py", "xarray")
+
+
+def versions() -> dict[str, str]:  # "python" and the libraries: version
+    "What computes, besides this package."
+    return {"python": platform.python_version()} | {name: version(name) for name in _NUMERICAL}

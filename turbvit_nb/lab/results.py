@@ -8,14 +8,16 @@ __all__ = ['picked', 'file_mark', 'fingerprint', 'is_same', 'read_netcdf', 'writ
 # %% ../../nbs/lab/08_results.ipynb #7865784c
 import json
 from collections.abc import Callable, Iterable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
-from .config import Section
+from .config import Section, code_version
 from .files import atomic, earlier
+from .progress import note
 
 # %% ../../nbs/lab/08_results.ipynb #841bb6c9
 def picked(
@@ -70,6 +72,7 @@ def write_netcdf(
     for name, variable in data.data_vars.items():
         if variable.dtype.kind == "f":
             encoding[name] = small | ({"dtype": "float32"} if single(variable) else {})
+    data = data.assign_attrs(code=code_version())
     image = BytesIO()  # HDF5 on a full disk does not fail, it crashes
     data.to_netcdf(image, engine="h5netcdf", encoding=encoding)
     with atomic(path) as part:
@@ -82,4 +85,14 @@ def up_to_date(
 ) -> xr.Dataset | None:
     "What the file holds, if it is there, whole, and made from the same things."
     known = earlier(path, read_netcdf)
-    return known if known is not None and is_same(known.attrs.get("made_from"), asked) else None
+    if known is None or not is_same(known.attrs.get("made_from"), asked):
+        return None
+    _tell_age(path.parent, known.attrs.get("code", "an earlier version"))
+    return known
+
+
+@cache
+def _tell_age(folder: Path, code: str) -> None:
+    "Say, once, that results were made by other code than this."
+    if code != code_version():
+        note(f"results in {folder} were made by {code}, this is {code_version()}: they are kept; delete them to make them again")
