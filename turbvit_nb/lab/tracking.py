@@ -167,8 +167,9 @@ class TensorBoard(Mirror):
             for name, value in point.values.items():
                 self.writer.add_scalar(name, value, point.step, point.when)
         self.writer.flush()
-        while self.old:
-            self.old.pop().unlink()
+        for path in self.old:
+            os.truncate(path, 0) if path.stat().st_size else path.unlink()
+        self.old = []
 
 # %% ../../nbs/lab/22_tracking.ipynb #67294cf1
 @patch
@@ -203,7 +204,7 @@ class Trackio(Mirror):
         for folder in (fragments.local_inbox_dir() / self.id, utils.project_media_dir(self.project) / self.name):
             shutil.rmtree(folder, ignore_errors=True)
         SQLiteStorage.delete_run(self.project, self.name, run_id=self.id)
-        self.waiting, self.inbox = [], fragments.FragmentWriter(self.id)
+        self.waiting, self.again, self.inbox = [], 0.0, fragments.FragmentWriter(self.id)
         config = {name: keys for name, keys in self.run.config.to_dict().items() if not isinstance(keys, dict)}
         config |= {f"{name}.{key}": value for name, keys in self.run.config.to_dict().items() if isinstance(keys, dict) for key, value in keys.items()}
         self.config = config | {"_Group": self.group, "_Created": self.run.stage_status["started"]}
@@ -226,13 +227,23 @@ def write(self: Trackio, points: list[Point]) -> None:
     from trackio import fragments, utils
 
     self.waiting += [self.record(point) for point in points if point.values]
+    if not self.waiting or time.monotonic() < self.again:
+        return
     put = self.inbox.write_local if utils.get_storage_mode() == "jsonl" else fragments.import_records
     try:
         put(self.waiting)
     except (OSError, sqlite3.Error) as error:
-        note(f"trackio could not be written ({error}); {len(self.waiting)} points wait for the next line, metrics.jsonl has them")
+        self.again = time.monotonic() + 60
+        note(f"trackio could not be written ({error}): {len(self.waiting)} points wait; metrics.jsonl has them")
     else:
         self.waiting = []
+
+
+@patch
+def closed(self: Trackio) -> None:
+    "Try once more to write what waits."
+    self.again = 0.0
+    self.write([])
 
 # %% ../../nbs/lab/22_tracking.ipynb #0958ffb1
 @patch
