@@ -29,7 +29,7 @@ from .runs import Lock, find_runs, read_metrics, stages
 # %% ../../nbs/lab/23_diary.ipynb #316dc554
 def plain(text: str) -> str:
     "Text in one line that Markdown shows as it is."
-    return re.sub(r"[\\`*\[\]<>|#~$&@^]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"[\\`*\[\]<>|#~$&@^]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
 
 
 def code(text: str) -> str:
