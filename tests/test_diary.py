@@ -14,22 +14,11 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from turbvit_nb.cli import app
-from turbvit_nb.lab import runs
 from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.diary import DIARY, append, code, log_runs, plain
 from turbvit_nb.lab.runs import open_run, stages
 
 MARKDOWN = MarkdownIt("commonmark").enable("table").enable("strikethrough")
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    "Folders of runs of the test's own; no run is left open."
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
 
 
 def made(place: Path, name: str, stage: str = "train", keys: str = "", then: dict | None = None, began: str | None = None) -> Path:

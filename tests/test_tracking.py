@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from same_bits import equal
 from test_training import JOB, plain
 from turbvit_nb.cli import app
-from turbvit_nb.lab import runs
 from turbvit_nb.lab.config import Config, LabError, load_config
 from turbvit_nb.lab.runs import _left_something, open_run, read_metrics
 
@@ -128,16 +127,6 @@ def test_of_several_ranks_the_first_is_followed(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "two"
     assert in_tensorboard(folder) == single(in_log(folder)) and len(list((folder / "tensorboard" / "squeeze").iterdir())) == 1
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    "Folders of runs of the test's own; no run is left open."
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
 
 
 def test_a_tensorboard_that_is_open_meanwhile_sees_one_curve(place):
