@@ -2,11 +2,9 @@
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
