@@ -302,6 +302,8 @@ class Top(Section):
     run: str | None = None  # name of the run: its folder is `runs_dir()/run`
     checkpoint_file: str | None = None  # start from this checkpoint in place of the run's own best
     checkpoint_dir: str | None = None  # keep checkpoints here in place of <run>/checkpoints
+    why: str | None = None  # the question this run is to answer: for `turbvit status` and the diary
+    expect: str | None = None  # what you think will come out, written down before it does
     wandb_id: str | None = None  # accepted, ignored with a note
     seed: int = Field(0, ge=0, lt=2**32)  # of everything random
     device: str = "auto"  # "cpu", "cuda", "cuda:1", "mps"; "auto": an accelerator where there is one
@@ -358,6 +360,7 @@ class Config:
         self.sections = {name: schema(name).parse(keys, name) for name, keys in tables.items()}
         self.used: set[str] = set()
         self.notes = _notes(self.top)
+        self.reasons = self.top.model_dump(include={"why", "expect"}, exclude_none=True)
 
 
 def _notes(top: Top) -> list[str]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'BESIDE', 'seed_everything', 'resolve_device', 'stages', 'holders', 'find_runs', 'read_metrics', 'Stopped',
-           'Run', 'how_to_resume', 'left_by', 'history', 'owner_of', 'folder_of', 'check_joins', 'plan_run', 'Guest',
-           'is_alone', 'one_process', 'open_run']
+           'Run', 'how_to_resume', 'left_by', 'history', 'Listener', 'owner_of', 'folder_of', 'check_joins', 'plan_run',
+           'Guest', 'is_alone', 'one_process', 'open_run']
 
 # %% ../../nbs/lab/04_runs.ipynb #1010a2f3
 import atexit
@@ -24,7 +24,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from fastcore.basics import patch
 from IPython import get_ipython
 
 from .config import Config, LabError, code_version, find_config, in_one_line, is_users
-from .config import load_config, load_ipython_extension, registry, run_folder, runs_dir, versions
+from .config import load_config, load_ipython_extension, ours, registry, run_folder, runs_dir, versions
 from .files import LEDGER, Lock, atomic, enter, locked, on_disk, read_checkpoint, write_checkpoint
 from .progress import note
 from .ranks import meet, ranks, told, together
@@ -169,6 +169,7 @@ class Run:
     "A run folder, open for one stage. Make it with `open_run`."
 
     changed = False  # whether this process has written checkpoints or metrics
+    listeners: tuple["Listener", ...] = ()  # told of what is logged
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class Run:
         kept = {key: before[key] for key in ("wrote", "used", "threads", "changed", "data", "begun") if key in before}
         self.opened = self._lock.path.stat().st_mtime_ns
         new = {"state": "running", "started": _now(), "threads": torch.get_num_threads(), "begun": self.opened}
-        self.stage_status = new | kept
+        self.stage_status = new | kept | self.config.reasons
         self._threads_note()
         self._check_origin(before)
         who = {"process": os.getpid(), "host": socket.gethostname(), "seed": self.config.top.seed}
@@ -273,7 +274,7 @@ def _other(was: list[dict], now: list[dict]) -> str:
 
 # %% ../../nbs/lab/04_runs.ipynb #d183d2e2
 OWN = ("config.toml", "status.json", "metrics.jsonl", LEDGER, ".lock", ".job")  # about the run itself
-BESIDE = ("queue", "ranks")  # folders of what the queue and other ranks say
+BESIDE = ("queue", "ranks", "tensorboard")  # folders of what the queue, other ranks and who listens say
 
 
 def left_by(
@@ -282,7 +283,7 @@ def left_by(
 ) -> Iterator[Path]:
     "The files made in the folder since then, reports and the run's own records aside."
     reports = {path for kind in ("ipynb", "html") for path in folder.glob(f"*.{kind}")}
-    skip = lambda path: path in reports or path.name in OWN or ".part" in path.name or path.parent.name in BESIDE
+    skip = lambda path: path in reports or path.name in OWN or ".part" in path.name or path.relative_to(folder).parts[0] in BESIDE
     files = (path for path in sorted(folder.rglob("*")) if not skip(path) and path.is_file())
     return (path for path in files if path.stat().st_mtime_ns >= since)
 
@@ -369,10 +370,12 @@ def log(
     **values: Any,  # numbers and text; scalars of torch and NumPy are converted
 ) -> None:
     "Append a line with the stage and `values` to `metrics.jsonl`."
-    line = json.dumps({"stage": self.stage} | values, default=_number) + "\n"
+    line = json.dumps({"stage": self.stage} | values, default=_number)
     self.wrote()
     with on_disk(self.path / "metrics.jsonl"), (self.path / "metrics.jsonl").open("a") as file:
-        file.write(line)
+        file.write(line + "\n")
+    for listener in self.listeners:
+        listener.logged(json.loads(line))
 
 # %% ../../nbs/lab/04_runs.ipynb #588156ee
 @patch
@@ -390,9 +393,25 @@ def rewind(
     "Remove this stage's lines logged after `step`."
     match |= {"stage": self.stage}
     ours = lambda row: all(row.get(k) == v for k, v in match.items())
-    rows = [row for row in read_metrics(self.path) if not (ours(row) and row.get("step", 0) > step)]
+    logged = read_metrics(self.path)
+    rows = [row for row in logged if not (ours(row) and row.get("step", 0) > step)]
     with atomic(self.path / "metrics.jsonl") as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for listener in self.listeners if len(rows) < len(logged) else ():
+        listener.rewound()
+
+# %% ../../nbs/lab/04_runs.ipynb #c61f0b07
+class Listener(Protocol):
+    "Is told what becomes of the log of an open run."
+
+    def logged(self, line: dict) -> None:
+        "A line has been written to `metrics.jsonl`."
+
+    def rewound(self) -> None:
+        "Lines have been removed from it: what comes next takes their place."
+
+    def closed(self) -> None:
+        "The run is let go of."
 
 # %% ../../nbs/lab/04_runs.ipynb #49e6e5db
 @patch
@@ -429,6 +448,8 @@ def interrupted(self: Run, error: BaseException | None = None) -> None:
 @patch
 def close(self: Run) -> None:
     "Let go of the folder without a word on the stage."
+    for listener in self.listeners:
+        listener.closed()
     self._lock.release()
     _open.pop(self.path, None)
 
@@ -486,7 +507,7 @@ def _watch() -> None:
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 # %% ../../nbs/lab/04_runs.ipynb #a085d880
-_FREE = {"output_dir", "run", "checkpoint_file", "device", "threads", "wandb_id"}
+_FREE = {"output_dir", "run", "checkpoint_file", "device", "threads", "wandb_id", "why", "expect"}
 
 
 def _merge(
@@ -633,6 +654,8 @@ def _take(
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for message in settings.notes:
         note(message)
+    announced = [ours(where) for name, where in registry()["listeners"].items() if settings.has(name)]
+    run.listeners = tuple(listener for listening in announced for listener in listening(run))
     seed_everything(settings.top.seed)
     return run
 
