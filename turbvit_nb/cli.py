@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['WELCOME', 'app', 'console', 'Version', 'Set', 'Parameter', 'Lessons', 'Processes', 'Program', 'welcome', 'plainly',
            'nice', 'run', 'resume', 'status', 'doctor', 'log', 'check', 'inspect', 'example', 'sweep', 'submit',
-           'deploy', 'generate', 'import_', 'pack', 'gif', 'explore', 'demo_data', 'demo_step', 'demo_run', 'title_of',
-           'demo_movie', 'demo_rows', 'demo_table', 'demo', 'main']
+           'deploy', 'generate', 'import_', 'pack', 'gif', 'explore', 'demo', 'main']
 
 # %% ../nbs/cli.ipynb #048955e2
 import functools
@@ -634,102 +633,6 @@ def explore(
     path = write(folders, output)
     console.print(f"[green]done[/]: {escape(nice(path))}, {path.stat().st_size / 1e6:.1f} MB")
 
-# %% ../nbs/cli.ipynb #ffc2e2e1
-def demo_data(config: Path) -> bool:
-    "Generate the data of the demo; False when it was there."
-    import torch
-
-    from turbvit_nb.datasets import ensure_data
-    from turbvit_nb.lab.config import data_path, load_config
-
-    settings = load_config(config)
-    new = not (data_path(settings.section("generate").data_dir) / "generate.json").exists()
-    torch.set_num_threads(1)  # the same bits everywhere, and no slower where the other cores are busy
-    ensure_data(settings)
-    return new
-
-
-def demo_step(title: str, work: Callable[[], bool]) -> None:
-    "Do one step and say how long it took."
-    start = time.monotonic()
-    console.print(f"[bold]{title}[/]")
-    done = work()
-    console.print(f"[green]done[/] in {time.monotonic() - start:.0f} s" if done else "[dim]done before[/]")
-
-# %% ../nbs/cli.ipynb #3ae33447
-def demo_run(configs: Path, cores: int) -> None:
-    "All jobs of the demo, `cores` at once. Raises `JobError`."
-    from turbvit_nb.lab.demo import DEMO, demo_command, demo_jobs
-    from turbvit_nb.lab.jobs import JobError
-
-    planned = {job: demo_command(configs, job) for job in DEMO}
-    commands = {job: command for job, command in planned.items() if command is not None}
-    for job in planned.keys() - commands.keys():
-        console.print(f"[bold]{job}: {DEMO[job]}[/] [dim]done before[/]")
-    console.print(*[f"[bold]{job}[/]: {DEMO[job]}" for job in commands], sep="\n")
-    start, look = time.monotonic(), dict(highlight=False, soft_wrap=True)
-    tell = lambda job, line: console.print(f"[dim]{job:>25} │[/] {escape(line)}", **look)
-    try:
-        for i, job in enumerate(demo_jobs(commands, cores, tell), 1):
-            done = f"{i} of {len(commands)} done"
-            console.print(f"[green]{done}[/] after {time.monotonic() - start:.0f} s: {job}")
-    except JobError as error:
-        raise JobError(f"{error}; turbvit demo goes on from here", error.code) from None
-
-# %% ../nbs/cli.ipynb #d7ae8906
-def title_of(
-    identity: Any,  # of a checkpoint
-    network: str = "ViT",
-) -> str:
-    "What a checkpoint is, in words."
-    words = identity.label.replace("%", "% of the weights")
-    return f"{network}, {words}"
-
-
-def demo_movie(folder: Path) -> bool:
-    "The truth beside the dense and the most pruned model; False when it was there."
-    from turbvit_nb.climate.rollouts import open_rollouts
-    from turbvit_nb.inference import run_movie
-
-    target, rollouts = folder / "demo.gif", open_rollouts(folder)
-    if target.exists():
-        return False
-    names = list(rollouts)
-    titles = {name: title_of(rollouts[name][0].identity) for name in (names[0], names[-1])}
-    for suffix in (".mp4", ".gif"):
-        run_movie(folder, target.with_suffix(suffix), titles)
-    return True
-
-# %% ../nbs/cli.ipynb #0f8ecd08
-def demo_rows(
-    folders: dict[str, Path],  # "vit", "control", "unet": run folder
-) -> list[tuple[str, dict]]:  # name of the forecast and its figures
-    "The figures of the short analyses: dense, pruned, control, UNet, persistence."
-    from turbvit_nb.forecast.reading import read_short, summary_row
-    from turbvit_nb.lab.checkpoints import identity_from
-
-    vit, control, unet = (read_short(folders[name]) for name in ("vit", "control", "unet"))
-    identities = {name: identity_from(scores.attrs) for name, scores in vit.items()}
-    rows = [(title_of(identities[name]), summary_row(scores)) for name, scores in vit.items()]
-    rows.append(("ViT, control: finetuned, not pruned", summary_row(list(control.values())[-1])))
-    rows.append(("UNet, dense", summary_row(unet["best"])))
-    return [*rows, ("persistence", summary_row(vit["best"], "persistence"))]
-
-# %% ../nbs/cli.ipynb #a0440f4a
-def demo_table(configs: Path) -> Table:
-    "The last word of the demo."
-    from turbvit_nb.lab.config import load_config, run_folder
-
-    folder = lambda name: run_folder(load_config(configs / f"{name}.toml").top.output_dir)
-    rows = demo_rows({name: folder(name) for name in ("vit", "control", "unet")})
-    shown = [key for key in rows[0][1] if key.startswith("ACC") or key.startswith("horizon (")]
-    title = "How long is each forecast right?"
-    table = Table("forecast", *shown, box=None, header_style="bold", title=title, title_justify="left")
-    text = lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)
-    for name, row in rows:
-        table.add_row(name, *(text(row[key]) for key in shown))
-    return table
-
 # %% ../nbs/cli.ipynb #fc3721f1
 @app.command()
 @plainly
@@ -742,6 +645,7 @@ def demo(
 
     What is done already is kept; a demo that was stopped goes on.
     """
+    from turbvit_nb.demo import demo_data, demo_movie, demo_run, demo_step, demo_table
     from turbvit_nb.lab.config import find_config, load_config, run_folder
     from turbvit_nb.lab.demo import clear_demo
 
