@@ -113,7 +113,7 @@ def packing(trees: dict[tuple[str, int], Path], scratch: Path, repeats: int) -> 
     print(f"\n{'files':>6} {'':>5} {'':>7} {'readers':>7} {'µs/file':>8} {'files/s':>8} {'10⁶ files':>10} {'peak MiB':>9}")
     largest = max(n for _, n in trees)
     for (kind, n), tree in trees.items():
-        wanted = [(c, r) for c, r in conditions if n == largest or (c == "cached" and r == 4)]
+        wanted = [(c, r) for c, r in conditions if n == largest or (c == "cached" and r == 8)]
         wanted = [(c, r) for c, r in wanted if not (c == "1 ms" and n > 3000)] + ([("1 ms", r) for r in (1, 4, 8)] if n == largest and kind == "v5" else [])
         best = {}
         for _ in range(repeats):

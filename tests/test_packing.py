@@ -419,9 +419,11 @@ print(*points)
 
 
 def growth(path: Path, mode: str, passes: int, frames: int, prefetch: int) -> float:
-    "MiB by which the most memory in the second half of some passes over a data set exceeds that in the first half."
+    """MiB by which the most memory in the second half of some passes over a data set exceeds that in the first half. Freed arrays go back to
+    the system at once: what malloc keeps for later wobbles by tens of MiB with threads, and would hide a leak as large."""
     words = [sys.executable, "-c", LOADING, str(path), mode, str(passes), str(frames), str(prefetch)]
-    points = list(map(float, subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=600, check=True).stdout.split()))
+    env = ENV | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    points = list(map(float, subprocess.run(words, capture_output=True, text=True, env=env, timeout=600, check=True).stdout.split()))
     return max(points[passes // 2:]) - max(points[:passes // 2])
 
 
@@ -431,7 +433,7 @@ def test_passes_over_a_data_set_leave_nothing_in_memory(tmp_path, mode, prefetch
     "Pages of files that the system keeps are not the process's: a process that has read all of them is as small as before."
     tree = make_tree(tmp_path, 400, NX=64)
     where = pack(tree, tmp_path / "x.h5").path if mode == "mmap" else tree
-    assert growth(where, mode, 10, 400, prefetch) < 8  # of 6.5 MB a pass in float32
+    assert growth(where, mode, 6, 400, prefetch) < 3  # of 6.5 MB a pass in float32
 
 
 @pytest.mark.soak
@@ -439,7 +441,7 @@ def test_passes_over_a_data_set_leave_nothing_in_memory(tmp_path, mode, prefetch
 def test_long_passes_leave_nothing_in_memory(tmp_path, mode):
     tree = make_tree(tmp_path, 10_000, NX=64)
     where = pack(tree, tmp_path / "x.h5").path if mode == "mmap" else tree
-    assert growth(where, mode, 10, 10_000, 2) < 8  # of 164 MB a pass in float32
+    assert growth(where, mode, 6, 10_000, 2) < 8  # of 164 MB a pass in float32
 
 
 def test_a_batch_of_random_frames_costs_the_disk_these_frames(tmp_path):
