@@ -576,21 +576,25 @@ def import_(
 @app.command()
 @plainly
 def pack(
-    source: Annotated[Path, typer.Argument(help="a Py2D run folder …/dt…_IC…")],
-    target: Annotated[Path, typer.Argument(help="the .h5 file to write")],
+    source: Annotated[Path, typer.Argument(help="a Py2D run folder …/dt…_IC…; with --verify also a packed file alone")],
+    target: Annotated[Path | None, typer.Argument(help="the .h5 file; default: frames.h5 in the run folder")] = None,
     dtype: Annotated[str, typer.Option(
         help="float32, half the size and enough for training, or float64")] = "float32",
     skip_bad: Annotated[bool, typer.Option(
-        "--skip-bad", help="leave out frames that cannot be read, and say which")] = False,
+        "--skip-bad", help="leave out frames that are missing or cannot be read, and say which")] = False,
+    verify: Annotated[bool, typer.Option(
+        "--verify", help="write nothing; hold the packed file against its checksums and the tree")] = False,
 ) -> None:
     "Write a Py2D tree of .mat files as one file, verified; restartable, and the tree is left alone."
-    from turbvit_nb.lab.progress import progress
-    from turbvit_nb.physics.py2d import pack as write
+    from turbvit_nb.data import packing
 
-    packed = write(source, target, dtype=dtype, skip_bad=skip_bad, progress=progress)
+    if verify:
+        console.print(f"[green]good[/]: {escape(packing.verify(target or source, source if target else None))}", soft_wrap=True)
+        return
+    packed = packing.pack(source, target, dtype, skip_bad)
     for error in packed.bad:
-        console.print(f"[yellow]left out[/] {escape(str(error))}")
-    console.print(f"[green]done[/]: {escape(nice(target))}, {target.stat().st_size / 1e6:.1f} MB")
+        console.print(f"[yellow]left out[/] {escape(str(error))}", soft_wrap=True)
+    console.print(f"[green]done[/]: {escape(nice(packed.path))}, {packed.path.stat().st_size / 1e6:.1f} MB")
 
 # %% ../nbs/cli.ipynb #323cab36
 @app.command()

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal
 
@@ -253,7 +254,13 @@ def _resume(solver: Solver, file: Path, writers: list) -> int | None:
 # %% ../../nbs/data/00_generate.ipynb #07d704ad
 def _simulate(cfg: GenerateConfig, root: Path):
     "All trajectories, from the kept state or from the start."
-    solver, writers, file = _solver(cfg), _writers(cfg, root), root / "generate.state"
+    with ExitStack() as held:
+        _go_on(cfg, [held.enter_context(closing(writer)) for writer in _writers(cfg, root)], root / "generate.state")
+
+
+def _go_on(cfg: GenerateConfig, writers: list[TreeWriter | PackedWriter], file: Path):
+    "The frames that the writers lack, the state being kept in `file`."
+    solver = _solver(cfg)
     done, kept = _resume(solver, file, writers), time.monotonic()
     if done is None:
         for _ in progress(range(round(cfg.spin_up / cfg.t_save)), desc="spinning up"):
