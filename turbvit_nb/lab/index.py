@@ -8,15 +8,18 @@ __all__ = ['SORT', 'TABLE_STYLE', 'flow', 'read_stages', 'run_state', 'run_facts
 
 # %% ../../nbs/lab/12_index.ipynb #ff3de017
 import html
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import Required, TypedDict
 
 from .checkpoints import Identity, identify, parse_name
 from .config import LabError, read_toml, runs_dir
+from .files import read_json
 from .plots import Table, interval_text
 from .runs import find_runs, read_metrics, stages
 
@@ -332,9 +335,17 @@ def scorecard_rows(
     ]
 
 
+class _Comparison(TypedDict, total=False):
+    "What comparison.json holds, as far as its scorecard goes."
+
+    scorecard: list[dict[str, Any]]
+    rows: Required[list[dict[str, Any]]]
+
+
 def read_scorecard(
     folder: Path,  # of a run with a comparison
 ) -> list[dict]:
     "The scorecard of a run's comparison; none where it has made none."
     file = Path(folder) / "comparison.json"
-    return scorecard_rows(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+    again = "delete it and run 07_compare again"
+    return scorecard_rows(read_json(file, _Comparison, again)) if file.exists() else []
