@@ -47,21 +47,21 @@ def damages(data: bytes, count: int, seed: object = SEED) -> Iterator[bytes]:
     yield from (damaged(data, draw) for _ in range(count - 2))
 
 
-def one_line(error: Exception, name: str) -> str:
-    "Empty where an error is the lab's one line and names the file; else what is wrong with it."
+def one_line(error: Exception, *names: str) -> str:
+    "Empty where an error is the lab's one line and says one of the names; else what is wrong with it."
     if not isinstance(error, (LabError, StoreError)):
         return "".join(traceback.format_exception(error))
     if "\n" in str(error):
         return f"more than one line: {error!r}"
-    return "" if name in str(error) else f"does not name {name}: {error!r}"
+    return "" if any(name in str(error) for name in names) else f"does not name {names[0]}: {error!r}"
 
 
-def judged(read: Callable[[], object], name: str) -> str:
-    "Empty where `read` returns something or fails in one line that names the file; else what is wrong."
+def judged(read: Callable[[], object], *names: str) -> str:
+    "Empty where `read` returns something or fails in one line that says one of the names; else what is wrong."
     try:
         read()
     except Exception as error:
-        return one_line(error, name)
+        return one_line(error, *names)
     return ""
 
 
@@ -119,3 +119,13 @@ def in_child(
 def hashes(folder: Path) -> dict[str, str]:
     "The content of every file of a folder, links included."
     return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+
+
+class Canary:
+    "What unpickles to a file that must not appear."
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
