@@ -98,8 +98,8 @@ def building(
     "Say in one line that a checkpoint holds arguments or weights of which nothing can be built; the cause stays behind it."
     try:
         yield
-    except LabError:
-        raise
+    except LabError as error:
+        raise error if source in str(error) else LabError(f"{source}: {error}") from error
     except Exception as error:
         told = f"{type(error).__name__}: {str(error)[:300]}"
         raise LabError(f"{source} does not describe a model that can be built ({told})") from error

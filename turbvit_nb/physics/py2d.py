@@ -74,7 +74,7 @@ class Regime:
 
     def __post_init__(self):
         if odd := [k for k in (*CONDITIONS, "dt") if not np.isfinite(float(getattr(self, k)))]: raise ValueError(f"{odd[0]} must be finite")
-        if PurePath(self.sgs).name != self.sgs or self.sgs == ".." or not self.sgs.isprintable():
+        if PurePath(self.sgs).name != self.sgs or self.sgs in ("", "..") or not self.sgs.isprintable():
             raise ValueError(f"sgs is the name of a folder, not {self.sgs!r}")
         if self.NX > 1 << 16: raise ValueError(f"NX = {self.NX} is more than any grid has")
         if not self.Re > 0: raise ValueError(f"Re must be positive, not {self.Re}")
