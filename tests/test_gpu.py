@@ -13,7 +13,8 @@ from turbvit_nb.flow.job import train_flow
 from turbvit_nb.flow.teaching import draws_for
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.files import read_checkpoint
-from turbvit_nb.lab.runs import Stopped, open_run, resolve_device
+from turbvit_nb.lab.ranks import resolve_device
+from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.latent.job import keep_latents, train_latent
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, create_model, load_emulator, rollout
 from turbvit_nb.physics.py2d import find_runs, open_store

@@ -23,7 +23,7 @@ from ..climate.spectra import summed
 from ..physics.py2d import open_store
 from .keys import BenchmarkConfig
 from .loader import bare_reads, frame_count, write_frames
-from .peers import Here, There, installed
+from .peers import Here, There
 from .turns import Race, take_turns
 
 # %% ../../nbs/benchmark/07_analysis.ipynb #d0ec0e8b

@@ -6,10 +6,8 @@
 __all__ = ['WANTED', 'check_model', 'conditions', 'races', 'benchmark']
 
 # %% ../../nbs/16_benchmark.ipynb #9589dc09
-import json
 import platform
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +16,7 @@ import torch
 from .analysis import race_analyses
 from .keys import BenchmarkConfig
 from .loader import race_loaders
-from .peers import PEERS, Here, There, absent, open_host
+from .peers import Here, There, absent, open_host
 from .report import Results, save_results
 from .rollout import race_rollouts
 from .solver import race_solvers

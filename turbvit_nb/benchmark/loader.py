@@ -18,7 +18,7 @@ from scipy.io import loadmat
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.batches import Batches
-from ..data.frames import DatasetConfig, FrameDataset, open_dataset
+from ..data.frames import DatasetConfig, open_dataset
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
 from .keys import BenchmarkConfig
 from .turns import Race, take_turns

@@ -24,7 +24,7 @@ from ..physics.py2d import Regime
 from ..physics.solver import STAGE_A, BlowUp, Solver, random_vorticity
 from ..physics.spectral import Grid
 from .keys import BenchmarkConfig
-from .peers import Here, There, installed
+from .peers import Here, There
 from .turns import Race, take_turns, transform_work
 
 # %% ../../nbs/benchmark/03_solver.ipynb #bdf9746f

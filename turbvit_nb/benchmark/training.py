@@ -30,7 +30,7 @@ from ..networks.transformers import FEATURES
 from ..physics.symmetries import Symmetries
 from ..sparse.costs import Spent
 from .keys import BenchmarkConfig
-from .peers import Here, There, installed
+from .peers import Here, There
 from .turns import Race, finished, quartiles, take_turns
 
 # %% ../../nbs/benchmark/05_training.ipynb #ba3ed083

@@ -26,7 +26,7 @@ from torch import Tensor
 from .materialize import narrower
 from .units import Part, Pieces
 from ..lab.config import LabError
-from ..lab.files import atomic
+from ..lab.files import atomic, read_json
 from ..lab.progress import progress
 from ..model import Emulator
 
@@ -249,7 +249,7 @@ def kept_latency(
         with atomic(path) as part:
             table = measure_latency(emulator, batch_size, **measuring)
             part.write_text(json.dumps(asdict(table), indent=1))
-    table = Latency(**json.loads(path.read_text()))
+    table = read_json(path, Latency, "remove it, and it is measured again")
     if (table.model, table.batch_size) != (emulator.network.config, batch_size):
         what = f"{path} was measured for another network or batch size"
         raise LabError(f"{what}: remove it, and it is measured again")

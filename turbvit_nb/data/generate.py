@@ -13,15 +13,15 @@ import shutil
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
-from ..lab.files import alone_in, atomic, read_checkpoint, write_checkpoint
+from ..lab.files import alone_in, atomic, read_checkpoint, read_json, write_checkpoint
 from ..lab.progress import clock, note, progress
-from ..lab.runs import resolve_device
+from ..lab.ranks import resolve_device
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
 from ..physics.solver import Solver, random_vorticity
 
@@ -124,7 +124,7 @@ def _made(root: Path, cfg: GenerateConfig, name: str = "generate.json") -> bool:
                 "data_dir of its own, or leave the section out to use them"
             )
         return False
-    said, there = description(cfg), json.loads((root / name).read_text())
+    said, there = description(cfg), read_json(root / name, dict[str, Any], "remove the folder, and it is made again")
     if other := [key for key in said if there.get(key) != said[key]]:
         differ = ", ".join(f"{k} = {there.get(k)} there, {said[k]} wanted" for k in other)
         raise LabError(

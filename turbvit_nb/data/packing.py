@@ -9,7 +9,7 @@ __all__ = ['READERS', 'BLOCK', 'read_ahead', 'gaps', 'pack', 'against_itself', '
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path

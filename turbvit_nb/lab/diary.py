@@ -20,11 +20,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .config import LabError, find_config, load_config, runs_dir
-from .files import on_disk
+from .files import Lock, on_disk
 from .index import in_words, read_stages, run_facts, run_rows, score_columns, spent
 from .jobs import at_work
 from .plots import Table
-from .runs import Lock, find_runs, read_metrics, stages
+from .runs import find_runs, read_metrics, stages
 
 # %% ../../nbs/lab/23_diary.ipynb #316dc554
 def plain(text: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from fastcore.basics import patch
 from scipy.io import savemat
 
-from .mat import FrameError, StoreError, read_mat
+from .mat import FrameError, StoreError, check_size, open_hdf5, read_mat
 
 # %% ../../nbs/physics/01_py2d.ipynb #9f2ac9e6
 CONDITIONS = ("Re", "fkx", "fky", "alpha", "beta")
@@ -52,6 +52,10 @@ class Regime:
     spelling: tuple = field(default=(), repr=False, compare=False)  # (name, text) where `str` prints another text
 
     def __post_init__(self):
+        if odd := [k for k in (*CONDITIONS, "dt") if not np.isfinite(float(getattr(self, k)))]: raise ValueError(f"{odd[0]} must be finite")
+        if PurePath(self.sgs).name != self.sgs or self.sgs in ("", "..") or not self.sgs.isprintable():
+            raise ValueError(f"sgs is the name of a folder, not {self.sgs!r}")
+        if self.NX > 1 << 16: raise ValueError(f"NX = {self.NX} is more than any grid has")
         if not self.Re > 0: raise ValueError(f"Re must be positive, not {self.Re}")
         if self.NX < 2 or self.NX % 2: raise ValueError(f"NX must be even and positive, not {self.NX}")
         if self.solved_NX < self.NX or self.solved_NX % 2: raise ValueError(
@@ -121,9 +125,11 @@ def parse(cls: Regime, path: str | os.PathLike) -> Regime:
         )
     texts = {k: v for m in found for k, v in m.groupdict().items()}
     dealias = texts.pop("alias") is None
-    values = {k: _number(v) for k, v in texts.items()}
-    kept = tuple((k, v) for k, v in texts.items() if str(values[k]) != v)
-    return cls(**values, sgs=names[1], dealias=dealias, spelling=kept)
+    try:
+        values = {k: _number(v) for k, v in texts.items()}
+        kept = tuple((k, v) for k, v in texts.items() if str(values[k]) != v)
+        return cls(**values, sgs=names[1], dealias=dealias, spelling=kept)
+    except (ValueError, OverflowError) as error: raise StoreError(f"{path}: its name says what no flow is: {error}") from None
 
 # %% ../../nbs/physics/01_py2d.ipynb #4a654dec
 _LABELS = {
@@ -150,8 +156,8 @@ def _check_parameters(regime: Regime, path: Path) -> Regime:
         name = _LABELS.get(label)
         if name is None: continue
         if name != "dealias" and not re.fullmatch(_NUMBER, text): raise StoreError(f"{path}: {name} = {text!r} is not a number")
-        value = text == "True" if name == "dealias" else _number(text)
-        if name == "Re" and int(value) == int(regime.Re): regime = replace(regime, Re=value)
+        value = text == "True" if name == "dealias" else _number(text) if len(text) < 300 else np.inf
+        if name == "Re" and np.isfinite(value) and int(value) == int(regime.Re): regime = replace(regime, Re=value)
         elif value != getattr(regime, name):
             said = f"says {name} = {text}, but the folder's name says {getattr(regime, name)}"
             raise StoreError(f"{path}: {said}; correct the one that is wrong")
@@ -228,7 +234,7 @@ def drop_bad(
     return bad
 
 # %% ../../nbs/physics/01_py2d.ipynb #5f7f8c43
-_FRAME = re.compile(r"(?:0|[1-9][0-9]*)\.mat")
+_FRAME = re.compile(r"(?:0|[1-9][0-9]{0,17})\.mat")
 
 class TreeStore(Store):
     "A Py2D tree of `.mat` frames, v5 or v7.3."
@@ -254,7 +260,8 @@ class TreeStore(Store):
 def read_time(path: str | os.PathLike) -> float:
     "The time that one frame says it was saved at."
     if "time" not in (variables := read_mat(path)): raise FrameError(f"{path}: holds no time")
-    return float(np.squeeze(variables["time"]))
+    if (time := variables["time"]).size != 1 or time.dtype.kind not in "fiu": raise FrameError(f"{path}: time is not one number")
+    return float(time.item())
 
 @patch(as_prop=True)
 def times(self: TreeStore) -> np.ndarray:  # (n,)
@@ -431,13 +438,6 @@ def _first_byte(dataset: h5py.Dataset) -> int | None:
     step = dataset.dtype.itemsize * dataset.shape[1] * dataset.shape[2]
     return first if last - first == (len(dataset) - 1) * step else None
 
-def _open_hdf5(path: Path, mode: str = "r") -> h5py.File:
-    "An HDF5 file, or one line that says what is wrong with it."
-    try: return h5py.File(path, mode)
-    except OSError as error: raise StoreError(
-        f"{path}: not a whole HDF5 file ({str(error).splitlines()[0]}); pack it again"
-    ) from None
-
 def _stored_regime(attrs) -> Regime:
     "The regime in the attributes of a packed file, with the spelling of its path."
     values = {f.name: attrs[f.name] for f in fields(Regime) if f.name != "spelling"}
@@ -449,17 +449,23 @@ class PackedStore(Store):
     "A packed run. A frame is read from its place in the file; nothing of it stays in the process."
     def __init__(self, path: str | os.PathLike):
         self.path, self.bad, self._file = Path(path), [], None
-        with _open_hdf5(self.path) as file:
+        with open_hdf5(self.path) as file:
             if absent := {"omega", "frame", "time", "checksum"} - set(file):
                 raise StoreError(f"{path}: an HDF5 file, but not a packed store: no {', '.join(sorted(absent))}")
             if file.attrs.get("version", 1) > PACKED_VERSION: raise StoreError(
                 f"{path}: was written by a newer turbvit_nb; update this one"
             )
-            self.regime, frames, times, sums = _stored_regime(file.attrs), file["frame"][()], file["time"][()], file["checksum"][()]
-            self.dtype, self._start, shape = file["omega"].dtype, _first_byte(file["omega"]), file["omega"].shape
+            self.regime, omega, rows = _stored_regime(file.attrs), file["omega"], [file[k] for k in ("frame", "time", "checksum")]
+            shape, want = omega.shape, (rows[0].size, self.regime.NX, self.regime.NX)
+            if shape != want or any(d.shape != want[:1] for d in rows) or omega.dtype.kind != "f" or any(d.dtype.kind not in "fiu" for d in rows):
+                raise StoreError(f"{path}: omega has shape {shape}, not {want}, or its rows are no numbers; pack it again")
+            check_size(path, omega.size * omega.dtype.itemsize)
+            self.dtype, self._start = omega.dtype, _first_byte(omega)
+            frames, times, sums = (d[()] for d in rows)
         used = np.flatnonzero(frames)
         if not len(used): raise StoreError(f"{path}: holds no frame")
-        if not (np.diff(frames[used]) > 0).all(): raise StoreError(f"{path}: frame numbers do not increase; pack it again")
+        if not (np.diff(frames[used]) > 0).all() or not np.isfinite(times[used]).all():
+            raise StoreError(f"{path}: frame numbers do not increase, or times are not finite; pack it again")
         self._used, self.frames, self.times, self.checksums = used, frames[used], times[used], sums[used]
         if self._start is not None: self._open(shape)
 
@@ -509,7 +515,7 @@ def read(
     rows, first = self._runs(numbers)
     if self._file is None:
         unique, back = np.unique(rows, return_inverse=True)
-        with h5py.File(self.path, "r") as file: return file["omega"][unique][back].astype(dtype)
+        with open_hdf5(self.path) as file: return file["omega"][unique][back].astype(dtype)
     out = np.empty((len(rows), self.regime.NX, self.regime.NX), self.dtype)
     if len(first) > 1: self._tell(rows, first)
     for i, j in zip(first.tolist(), [*first[1:].tolist(), len(rows)]):
@@ -579,7 +585,7 @@ class PackedWriter:
         "Find the places in the file, which is laid out if it is not there, and how far it is."
         if self.path.exists(): raise StoreError(f"{self.path}: is there already, and whole; remove it or write to another file")
         if not self.part.exists(): _lay_out(self.part, self.regime, self.room, self.dtype)
-        with _open_hdf5(self.part) as file:
+        with open_hdf5(self.part, "remove it to begin again") as file:
             omega, stored = file["omega"], _stored_regime(file.attrs)
             if (stored, len(omega), omega.dtype) != (self.regime, self.room, self.dtype):
                 begun = f"{len(omega)} {omega.dtype} frames of {stored.path()}"
