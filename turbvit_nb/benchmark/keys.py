@@ -42,11 +42,11 @@ class BenchmarkConfig(Section):
     lr: float = Field(2e-3, gt=0)  # of the training, at its peak
     fno_lr: float = Field(2e-3, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the training of both, and of the bare product
-    skill_seconds: float = Field(90.0, ge=0)  # of training for each network and seed; 0: no training
+    skill_seconds: float = Field(75.0, ge=0)  # of training for each network and seed; 0: no training
     skill_seeds: list[int] = [0, 1]
     skill_points: int = Field(4, ge=1)  # times that the skill is looked at
-    rollout_steps: int = Field(80, ge=1)  # of the rollouts that judge
-    rollout_starts: int = Field(16, ge=1)
+    rollout_steps: int = Field(60, ge=1)  # of the rollouts that judge
+    rollout_starts: int = Field(8, ge=1)
 
     @model_validator(mode="after")
     def _whole(self):

@@ -287,7 +287,7 @@ class BareFFT:
 # %% ../../nbs/benchmark/03_solver.ipynb #45a877cc
 METHODS = {"torch-cfd": ("benchmark.solver:TorchCFD", ("RK4", "RK2")),
            "jax-cfd": ("benchmark.solver:JaxCFD", ("RK4", "RK2"))}
-CHUNK = 10  # steps of a call
+CHUNK = 4  # steps of a call
 
 
 def _sides(c: BenchmarkConfig, points: int, omega: np.ndarray, host: Here | There, there: Mapping[str, str]) -> dict[tuple, tuple]:
