@@ -11,6 +11,7 @@ __all__ = ['ROUTINE', 'WORK', 'Results', 'save_results', 'read_results', 'plante
 # %% ../../nbs/benchmark/08_report.ipynb #12da0824
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
