@@ -266,7 +266,7 @@ READERS = {
     "images npz": Reader("z.npz", _arrays),
     "csv": Reader("a.csv", read_parameters),
     **{kind: Reader(f"{kind}/a.{kind}", lambda path: (read_pictures(path.parent), _file(path, 8, 3))) for kind in ("png", "jpg", "bmp", "tif", "webp")},
-    "rollout": Reader(f"{ROLLOUT}/rollout.json", lambda path: read_all(open_rollout(path.parent))),
+    "rollout": Reader(f"{ROLLOUT}/rollout.json", lambda path: read_all(open_rollout(path.parent)), ("rollout.json", ROLLOUT)),
     "rollouts": Reader(f"{ROLLOUT}/rollout.json", lambda path: [read_all(one) for ones in open_rollouts(path.parents[3]).values() for one in ones], ("is no role", ROLLOUT)),
     "rollout that is inspected": Reader(f"{ROLLOUT}/rollout.json", lambda path: (inspect_path(path.parent), inspect_path(path.parents[3]))),
     "rollout's states": Reader(f"{ROLLOUT}/1.npy", lambda path: read_all(open_rollout(path.parent))),

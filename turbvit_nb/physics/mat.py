@@ -44,7 +44,9 @@ def open_hdf5(path: str | os.PathLike, remedy: str = "pack it again") -> Iterato
     "An HDF5 file to be read; what is wrong with it, then or later, is said in one line."
     with undamaged(path, remedy):
         if not h5py.is_hdf5(path): raise StoreError(f"{path}: not a whole HDF5 file; {remedy}")
-        with h5py.File(path, "r") as file: yield file
+        with h5py.File(path, "r") as file:
+            try: yield file
+            except StoreError as error: raise error if str(path) in str(error) else StoreError(f"{path}: {error}") from None
 
 # %% ../../nbs/physics/00_mat.ipynb #7a5981a0
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}  # as stored
