@@ -27,6 +27,7 @@ from turbvit_nb.cli import app
 from turbvit_nb.climate.rollouts import open_rollout
 from turbvit_nb.emulators.files import load_emulator
 from turbvit_nb.flow.images import picture
+from turbvit_nb.forecast.reading import read_short
 from turbvit_nb.inspection import inspect_path
 from turbvit_nb.lab.config import LabError, load_config, plain_line, run_folder, runs_dir
 from turbvit_nb.lab.files import read_arrays, read_checkpoint, result_file
