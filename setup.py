@@ -53,7 +53,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": (cfg["dev_requirements"] + " " + deploy).split(), "deploy": deploy.split()},
+    extras_require={"dev": (cfg["dev_requirements"] + " " + deploy).split(), "deploy": deploy.split(), "tracking": cfg["tracking_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -4,7 +4,7 @@
     python benchmarks/bench_batches.py --sizes 64 --threads 1 --targets 4
 
 Frames are counted once per batch, as they are read and converted: the input and the target(s) of each sample. Memory is the
-resident set of the process at five points of one epoch over a store larger than what the mapping may keep.
+resident set of the process at five points of one epoch over a packed store, whose frames stay on the disk.
 """
 import argparse
 import os

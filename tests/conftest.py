@@ -71,3 +71,15 @@ def home(data, tmp_path, monkeypatch) -> Path:
     yield tmp_path
     for run in list(runs._open.values()):
         run.close()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    "A folder with runs of the test's own and no data; no run is left open."
+    from turbvit_nb.lab import runs
+
+    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for run in list(runs._open.values()):
+        run.close()

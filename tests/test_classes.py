@@ -79,7 +79,7 @@ def test_folders_and_their_defects(home, monkeypatch):
     assert (len(train_set), len(held_back), train_set.flows) == (16, 5, ["disc", "square"])
     for name in ("bad1", "bad2"):
         (folder / "disc" / f"{name}.png").write_bytes(b"no picture")
-    with pytest.raises(LabError, match=r"bad1.png is not an image that can be read .*; so are 1 more of 23 files in"):
+    with pytest.raises(LabError, match=r"bad1.png is damaged .*; so are 1 more of 23 files in"):
         build_classes(run)
     run.close()
     train_set, held_back = build_classes(open_run(config(home, "patient", path=str(folder), test_share=0.25, skip_bad=True), "classes"))

@@ -72,6 +72,7 @@ repeats = 3
 NETWORKS = {
     "ViT": dict(embed_dim=32, depth=2, num_heads=2),
     "removed": dict(embed_dim=32, depth=2, num_heads=2, block_heads=[0, 1], block_mlp=[40, 0]),
+    "in windows": dict(embed_dim=32, depth=2, num_heads=2, window=2),
     "ReViT": dict(model_type="ReViT", embed_dim=32, depth=1, num_heads=2),
     "UNet": dict(model_type="UNet", base_channels=8, depth=1),
     "EncoderDecoderViT": dict(model_type="EncoderDecoderViT", num_frames=2, num_out_frames=2, encoder_embed_dim=32, encoder_depth=1,

@@ -13,7 +13,8 @@ from turbvit_nb.flow.job import train_flow
 from turbvit_nb.flow.teaching import draws_for
 from turbvit_nb.inference import infer
 from turbvit_nb.lab.files import read_checkpoint
-from turbvit_nb.lab.runs import Stopped, open_run, resolve_device
+from turbvit_nb.lab.ranks import resolve_device
+from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.latent.job import keep_latents, train_latent
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, create_model, load_emulator, rollout
 from turbvit_nb.physics.py2d import find_runs, open_store
@@ -27,6 +28,8 @@ resolve_device("auto")  # as every job does: float32 is float32
 NETWORKS = {
     "ViT": dict(patch_size=8, embed_dim=64, depth=2, num_heads=4), "UNet": dict(base_channels=16, depth=2),
     "DiT": dict(patch_size=8, embed_dim=64, depth=2, num_heads=4), "ToldUNet": dict(base_channels=16, depth=2),
+    "ViT in windows": dict(patch_size=8, embed_dim=64, depth=2, num_heads=4, window=4),
+    "DiT in windows": dict(patch_size=8, embed_dim=64, depth=2, num_heads=4, window=4),
 }
 
 
@@ -39,14 +42,14 @@ def off(one: torch.Tensor, other: torch.Tensor) -> float:
 def made(name: str, size: int = 64, kind: type = Emulator, **how) -> Emulator:
     "An emulator whose weights are not those of the start, which say nothing."
     torch.manual_seed(0)
-    network = create_model(**ModelConfig(model_type=name, img_size=size, target="absolute", **NETWORKS[name]).model_dump())
+    network = create_model(**ModelConfig(model_type=name.removesuffix(" in windows"), img_size=size, target="absolute", **NETWORKS[name]).model_dump())
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.05)
     return kind(network, Normaliser([0.0, 0.0], [1.0, 1.0]), target="absolute", **how)
 
 
 @pytest.mark.parametrize("size", [64, 256])
-@pytest.mark.parametrize("network", ["ViT", "UNet"])
+@pytest.mark.parametrize("network", ["ViT", "ViT in windows", "UNet"])
 def test_answers_and_gradients_are_those_of_the_cpu(network, size):
     x = torch.randn(2, 2, 1, size, size)
     here, there = made(network, size), made(network, size).to(DEVICE)
@@ -60,7 +63,7 @@ def test_answers_and_gradients_are_those_of_the_cpu(network, size):
         assert 0 < off(fast(x.to(DEVICE)), one) < 3e-2
 
 
-@pytest.mark.parametrize("network", ["ViT", "UNet"])
+@pytest.mark.parametrize("network", ["ViT", "ViT in windows", "UNet"])
 def test_compiled_it_is_the_same_network(network):
     there = made(network).to(DEVICE)
     x, compiled = torch.randn(4, 2, 1, 64, 64, device=DEVICE), torch.compile(there.network.forward)
@@ -70,7 +73,7 @@ def test_compiled_it_is_the_same_network(network):
     assert all(off(a, b) < 1e-3 for b, a in zip(*slope) if a is not None and b.norm() > 1e-6)
 
 
-@pytest.mark.parametrize("network", ["DiT", "ToldUNet"])
+@pytest.mark.parametrize("network", ["DiT", "DiT in windows", "ToldUNet"])
 @pytest.mark.parametrize("method", ["flow_matching", "meanflow", "improved_meanflow", "crps"])
 def test_losses_of_what_draws_are_those_of_the_cpu(network, method):
     emulator, draw = made(network, kind=Generative, method=method), torch.Generator().manual_seed(0)

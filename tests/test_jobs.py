@@ -27,7 +27,8 @@ from turbvit_nb.lab.config import find_config, is_users
 from turbvit_nb.lab.demo import DEMO
 from turbvit_nb.lab.files import read_checkpoint
 from turbvit_nb.lab.jobs import chapters, run_job
-from turbvit_nb.lab.runs import Lock, open_run, read_metrics, stages
+from turbvit_nb.lab.files import Lock
+from turbvit_nb.lab.runs import open_run, read_metrics, stages
 from turbvit_nb.train import train
 
 CONFIG = """

@@ -254,7 +254,7 @@ def test_a_damaged_status_is_one_line(home):
     (home / "a.toml").write_text('output_dir = "a"\n')
     open_run("a.toml", "train").close()
     (home / "runs" / "a" / "status.json").write_text("")
-    with pytest.raises(LabError, match="status.json is damaged; delete it"):
+    with pytest.raises(LabError, match="status.json is damaged .JSONDecodeError.: delete it"):
         open_run(home / "runs" / "a", "train")
 
 
@@ -304,7 +304,7 @@ def test_one_writer_at_a_time(home):
 def test_looking_does_not_lock(home):
     (home / "a.toml").write_text('output_dir = "a"\n')
     open_run("a.toml", "train").finish()
-    look = "import sys\nfrom turbvit_nb.lab.runs import locked\nfrom pathlib import Path\nwhile True: locked(Path(sys.argv[1]))"
+    look = "import sys\nfrom turbvit_nb.lab.files import locked\nfrom pathlib import Path\nwhile True: locked(Path(sys.argv[1]))"
     looker = python(look, str(home / "runs" / "a"))
     time.sleep(1.0)
     for _ in range(20):

@@ -46,10 +46,11 @@ def a_batch(B=4, T=1, K=2):
 FORECASTING = [name for name, kind in NETWORKS.items() if not kind.section.draws]
 
 
-@pytest.fixture(params=FORECASTING)
+@pytest.fixture(params=[*FORECASTING, "ViT in windows", "EncoderDecoderViT in windows"])
 def emulator(request):
     torch.manual_seed(0)
-    em = create_emulator(ModelConfig(model_type=request.param, **SMALL), Normaliser([0.1, 0.0], [1.0, 2.0], [0.3, 0.2]), step=0.1)
+    model_type, windowed = request.param.removesuffix(" in windows"), request.param.endswith(" in windows")
+    em = create_emulator(ModelConfig(model_type=model_type, window=4 * windowed, **SMALL), Normaliser([0.1, 0.0], [1.0, 2.0], [0.3, 0.2]), step=0.1)
     nn.init.normal_(em.network.output.weight, std=0.05)
     return em
 

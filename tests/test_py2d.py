@@ -1,9 +1,8 @@
-"""Py2D files: the real tree against scipy, packing under SIGKILL, damaged input; data sets made by several processes."""
+"""Py2D files: the real tree against scipy, packed files, damaged input; data sets made by several processes."""
 import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +14,9 @@ import numpy as np
 import pytest
 from scipy.io import loadmat
 
+from turbvit_nb.data.packing import pack
 from turbvit_nb.physics.py2d import (
-    PACKED, FrameError, PackedStore, PackedWriter, Regime, StoreError, TreeWriter, find_runs, open_store, pack, read_mat, read_parameters, read_state,
+    PACKED, FrameError, PackedStore, PackedWriter, Regime, StoreError, TreeWriter, find_runs, open_store, read_mat, read_parameters, read_state,
 )
 
 TINY = Regime(200, beta=20.0, NX=16, dt=1e-2)
@@ -171,41 +171,6 @@ def test_a_killed_run_s_last_frame_is_named_and_can_be_skipped(tree):
 
 # Packing -------------------------------------------------------------------------------------------------------------
 
-PACK = """
-import sys, time
-from turbvit_nb.physics.py2d import pack
-def slowly(items, **kw):
-    for item in items:
-        yield item
-        time.sleep(0.02)
-pack(sys.argv[1], progress=slowly)
-"""
-
-
-def test_a_killed_pack_goes_on(tree):
-    part, rows = tree.path / f"{PACKED}.part", []
-    while not (tree.path / PACKED).exists():
-        child = subprocess.Popen([sys.executable, "-c", PACK, str(tree.path)], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for _ in range(400):  # killed three times, each time a few frames further
-            if child.poll() is not None:
-                break
-            if len(rows) < 3 and part.exists() and (n := _rows(part)) >= 10 * (len(rows) + 1):
-                child.send_signal(signal.SIGKILL)
-                rows.append(n)
-                break
-            time.sleep(0.03)
-        child.wait()
-    store, packed = open_store(tree.path / "data"), open_store(tree.path)
-    assert len(rows) == 3 and rows[0] < rows[2] < 40 and isinstance(packed, PackedStore) and not part.exists()
-    np.testing.assert_array_equal(packed.read(store.frames), store.read(store.frames))
-    assert len(list((tree.path / "data").iterdir())) == 40  # the source is left alone
-
-
-def _rows(part: Path) -> int:
-    with h5py.File(part) as file:
-        return int((file["frame"][()] > 0).sum())
-
-
 def test_a_frame_spoilt_in_the_part_is_written_again(tree, tmp_path):
     target, store = tmp_path / "x.h5", open_store(tree.path)
     writer = PackedWriter(target, TINY, 40)
@@ -217,7 +182,8 @@ def test_a_frame_spoilt_in_the_part_is_written_again(tree, tmp_path):
     with open(writer.part, "r+b") as file:
         file.seek(at)
         file.write(b"\7\7\7\7")
-    assert PackedWriter(target, TINY, 40).count == 15
+    (again := PackedWriter(target, TINY, 40)).close()
+    assert again.count == 15
     np.testing.assert_array_equal(pack(tree.path, target).read(range(1, 41)), store.read(range(1, 41)))
 
 
@@ -233,24 +199,6 @@ def test_a_truncated_or_foreign_packed_file_is_one_line(tree, tmp_path):
         file["x"] = [1.0]
     with pytest.raises(StoreError, match="not a packed store"):
         open_store(tmp_path / "other.h5")
-
-
-def test_pack_refuses_what_it_cannot_keep(tree, tmp_path):
-    for dtype in ("int8", "float16", "complex64", "nonsense"):
-        with pytest.raises(StoreError, match=f"dtype = {dtype}: a packed store keeps float32"):
-            pack(tree.path, tmp_path / "new.h5", dtype)
-    with pytest.raises(StoreError, match=r"frames\.npz: a packed store is an HDF5 file; call it frames\.h5"):
-        pack(tree.path, tmp_path / "frames.npz")
-    assert not list(tmp_path.glob("*.h5*")) and not list(tmp_path.glob("*.npz*"))
-
-
-@pytest.mark.parametrize("there, wanted", [("float32", "float64"), ("float64", "float32")])
-def test_a_pack_of_another_precision_is_not_called_done(tree, tmp_path, there, wanted):
-    target = tmp_path / "frames.h5"
-    before = pack(tree.path, target, there).path.read_bytes()
-    with pytest.raises(StoreError, match=f"is there in {there}, and {wanted} is wanted; remove it or name another target"):
-        pack(tree.path, target, wanted)
-    assert target.read_bytes() == before and pack(tree.path, target, there).dtype == there
 
 
 def test_a_compressed_file_of_another_writer_is_read(tree, tmp_path):

@@ -26,10 +26,14 @@ NETWORKS = {
     "ViT": dict(embed_dim=16, depth=2, num_heads=4, mlp_ratio=1.5),
     "wide heads": dict(embed_dim=12, depth=3, num_heads=2, mlp_ratio=1.0, patch_recovery="linear"),
     "already uneven": dict(embed_dim=16, depth=3, num_heads=4, block_heads=[3, 0, 1], block_mlp=[5, 9, 0], patch_recovery="conv"),
+    "in windows": dict(embed_dim=16, depth=2, num_heads=4, mlp_ratio=1.5, window=2),
     "ReViT": dict(model_type="ReViT", embed_dim=16, depth=2, num_heads=4, conditions=["Re", "beta"], num_frames=2),
     "EncoderDecoderViT": dict(
         model_type="EncoderDecoderViT", num_frames=2, num_out_frames=2, encoder_embed_dim=16, encoder_depth=2, encoder_num_heads=4,
         decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2, mlp_ratio=1.0),
+    "two towers in windows": dict(
+        model_type="EncoderDecoderViT", num_frames=2, encoder_embed_dim=16, encoder_depth=2, encoder_num_heads=4,
+        decoder_embed_dim=8, decoder_depth=2, decoder_num_heads=2, mlp_ratio=1.0, window=2),
 }
 some = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 

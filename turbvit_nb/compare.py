@@ -16,6 +16,7 @@ import xarray as xr
 
 from .lab.config import LabError
 from .lab.files import atomic
+from .lab.results import write_netcdf
 from .lab.runs import Run
 from .study.coders import Coding, coder_findings, coder_table, codings
 from .study.costs import measure_latency
@@ -128,6 +129,5 @@ def compare(
     told = comparison_json(entries, missing, said, settings.leads, study, settings.batch_size, coders)
     with atomic(run.path / "comparison.json") as part:
         part.write_text(json.dumps(told, indent=1, ensure_ascii=False))
-    with atomic(run.path / "comparison.nc") as part:
-        comparison_dataset(entries, settings.leads).to_netcdf(part, engine="h5netcdf")
+    write_netcdf(comparison_dataset(entries, settings.leads), run.path / "comparison.nc", single=lambda variable: False)
     return entries, missing, said

@@ -33,7 +33,8 @@ from turbvit_nb.lab.config import (
     schema,
 )
 from .lab.progress import clock
-from .lab.runs import resolve_device, stages
+from .lab.ranks import resolve_device
+from .lab.runs import stages
 from .model import Emulator, Normaliser, card, create_emulator, create_model
 from .physics.py2d import StoreError
 

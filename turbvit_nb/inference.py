@@ -23,7 +23,7 @@ from .climate.rollouts import Limits, Rollout, RolloutWriter, blown_up, limits_o
 from .datasets import FrameDataset, check_fit, ensure_data, open_dataset, scored_section, to_velocity
 from .lab.checkpoints import as_state, identify, results_in
 from .lab.config import Config, LabError, Section
-from .lab.files import atomic
+from .lab.files import atomic, earlier, read_arrays
 from .lab.films import make_movie
 from .lab.progress import Meter, note
 from .lab.runs import Run
@@ -136,8 +136,7 @@ def save(self: RolloutJob, state: str) -> None:
     "Write the chunks, what the rollouts are, and the state to go on from."
     for writer, ended in zip(self.writers, self.ended):
         writer.flush()
-        if not ended:
-            writer.describe(state, self.step)
+        writer.describe(*("blown up", int(ended) - 1) if ended else (state, self.step))
     if self.step % self.emulator.out_frames:
         return
     kept = {f"state_{name}": value.cpu().numpy() for name, value in self.state.items()}
@@ -155,19 +154,27 @@ def _kept_state(kept: Mapping[str, np.ndarray], device: torch.device) -> State:
 
 # %% ../nbs/04_inference.ipynb #4b21b7cd
 @patch
+def _go_on(self: RolloutJob, file: Path) -> bool:
+    "Take the state in a restart file of the same rollouts; False for one of others."
+    kept = read_arrays(file)
+    if str(kept["identity"]) != self.identity:
+        return False
+    step, ended, state = int(kept["step"]), kept["ended"].reshape(self.ended.shape), _kept_state(kept, self.x.device)
+    if "generator" in kept:
+        self.generator.set_state(torch.from_numpy(kept["generator"]))
+    self.step, self.ended, self.state = step, ended, state
+    for writer in self.writers:
+        writer.recall()
+    return True
+
+
+@patch
 def restore(self: RolloutJob) -> None:
     "Go back to the last whole chunk of the same rollouts; if there is none, clear what is there."
     file = self.folder / "restart.npz"
-    if file.exists():
-        with np.load(file) as kept:
-            if str(kept["identity"]) == self.identity:
-                self.step, self.ended, self.state = int(kept["step"]), kept["ended"], _kept_state(
-                    kept, self.x.device,
-                )
-                if "generator" in kept:
-                    self.generator.set_state(torch.from_numpy(kept["generator"]))
-                return
-        file.unlink()
+    if earlier(file, self._go_on):
+        return
+    file.unlink(missing_ok=True)
     for writer in self.writers:
         for chunk in writer.folder.glob("[0-9]*.npy"):
             chunk.unlink()

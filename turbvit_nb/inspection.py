@@ -6,7 +6,6 @@
 __all__ = ['KINDS', 'Examination', 'size', 'inspect_path']
 
 # %% ../nbs/inspection.ipynb #d5d452d8
-import json
 import math
 import os
 from collections.abc import Callable
@@ -17,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .climate.rollouts import chunk_files, read_header
 from .lab.checkpoints import Identity, identity_of, results_in
-from .lab.config import LabError, run_folder
-from .lab.files import read_checkpoint
+from .lab.config import LabError, as_path, plain_line, run_folder
+from .lab.files import read_checkpoint, undamaged
 from .lab.runs import stages
 from .physics.importers import open_archive
 from turbvit_nb.physics.py2d import (
@@ -43,7 +43,7 @@ class Examination:
 
     def add(self, section: str, key: str, value: Any) -> None:
         "One more row."
-        self.rows.append((section, key, str(value)))
+        self.rows.append((plain_line(section), plain_line(key), plain_line(str(value))))
 
     def mistake(self, message: object) -> None:
         "Something that a job would fail of; told once."
@@ -98,10 +98,16 @@ def size(bytes: float) -> str:
 def _inspect_checkpoint(seen: Examination, path: Path) -> None:
     "Rows of a checkpoint: what it says it is."
     state = read_checkpoint(path, mmap=True)
-    if not isinstance(state, dict) or "model_state" not in state:
+    if not isinstance(state.get("model_state"), dict):
         raise LabError(
             f"{path}: a torch file, but no checkpoint of a model: it has no 'model_state'"
         )
+    with undamaged(path, "use another checkpoint"):
+        _checkpoint_rows(seen, path, state)
+
+
+def _checkpoint_rows(seen: Examination, path: Path, state: dict) -> None:
+    "Rows of what was read from a checkpoint."
     identity = identity_of(state, path.stem)
     _identity_rows(seen, identity)
     weights = [w for w in state["model_state"].values() if torch.is_tensor(w)]
@@ -226,13 +232,7 @@ def _inspect_netcdf(seen: Examination, path: Path) -> None:
     "Rows of a NetCDF file: its variables, and what its attributes say."
     import xarray as xr
 
-    try:
-        opened = xr.open_dataset(path, decode_times=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise LabError(
-            f"{path}: no NetCDF file that can be read ({str(error).split('.')[0]})"
-        ) from None
-    with opened as data:
+    with undamaged(path, "or no NetCDF file"), xr.open_dataset(path, decode_times=False) as data:
         seen.add("dimensions", "lengths", ", ".join(f"{k} {v}" for k, v in data.sizes.items()))
         for name, variable in data.data_vars.items():
             dims = ", ".join(variable.dims)
@@ -259,11 +259,7 @@ def _inspect_archive(seen: Examination, path: Path) -> None:
 # %% ../nbs/inspection.ipynb #1be70ca7
 def _inspect_rollout(seen: Examination, path: Path) -> None:
     "Rows of a rollout on disk."
-    try:
-        said = json.loads((path / "rollout.json").read_text())
-    except (OSError, ValueError) as error:
-        raise LabError(f"{path / 'rollout.json'} is damaged ({type(error).__name__})") from None
-    files = sorted(path.glob("[0-9]*.npy"), key=lambda f: int(f.stem))
+    said, files = read_header(path), chunk_files(path)
     start, source = said.get("start", {}), said.get("source", {})
     seen.add(
         "rollout",
@@ -305,7 +301,7 @@ def _inspect_run(seen: Examination, path: Path) -> None:
     rollouts: dict[str, list[str]] = {}
     for said in sorted((path / "inference").glob("*/*/rollout.json")):
         rollouts.setdefault(said.parent.parent.name, []).append(
-            json.loads(said.read_text()).get("state", "?")
+            read_header(said.parent).get("state", "?")
         )
     for name, states in rollouts.items():
         counts = {s: states.count(s) for s in dict.fromkeys(states)}
@@ -353,7 +349,7 @@ def inspect_path(
     full: bool = False,  # read every frame of a store, in place of three
 ) -> Examination:
     "What a file or folder is and says of itself. Raises `LabError` where it is nothing we know."
-    path = Path(path).expanduser()
+    path = as_path(path)
     if not path.exists() and (run_folder(path) / "config.toml").is_file():
         path = run_folder(path)
     if not path.exists():

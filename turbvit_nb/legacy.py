@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .lab.config import LabError, Section, data_path, load_config
-from .lab.files import read_checkpoint
+from .lab.files import read_arrays, read_checkpoint, result_file
 from .model import Emulator, Normaliser, create_model, load_weights, plain_weights, register
 from .physics.py2d import open_store
 
@@ -79,6 +79,11 @@ class Legacy:
         return Emulator(network, _statistics(data), target="absolute", **frames)
 
 # %% ../nbs/legacy.ipynb #6d143299
+def _statistic(file: Path) -> np.ndarray:
+    "The numbers in a file of the data's statistics, float32."
+    return result_file(file, lambda path: read_arrays(path)[""].astype(np.float32), "copy it anew from where the data are from")
+
+
 def _statistics(section: Section) -> Normaliser:
     "The normaliser in the `stats/` of a `[train_dataset]`; several data folders must agree."
     found = []
@@ -88,7 +93,7 @@ def _statistics(section: Section) -> Normaliser:
         if stats is None:
             told = f"{run} has no stats/mean_full_field.npy"
             raise LabError(f"{told}, which a checkpoint of the earlier project needs")
-        found.append([np.load(stats / f"{name}_full_field.npy").astype(np.float32) for name in ("mean", "std")])
+        found.append([_statistic(stats / f"{name}_full_field.npy") for name in ("mean", "std")])
     if any(not np.array_equal(found[0], other) for other in found[1:]):
         told = "build the emulator from load_legacy and the Normaliser it was trained with"
         raise LabError(f"the data folders have different stats/; {told}")

@@ -19,9 +19,9 @@ import torch
 import xarray as xr
 
 # %% ../../nbs/climate/10_distances.ipynb #a9741935
-from ..lab.checkpoints import identity_from, order
+from ..lab.checkpoints import order
 from ..lab.files import result_file
-from ..lab.results import read_netcdf
+from ..lab.results import told_of
 from ..physics.budgets import Stationarity, excess_time, stationarity
 from ..physics.metrics import Histogram, log_spectral_distance, wasserstein
 from turbvit_nb.physics.statistics import (
@@ -270,14 +270,10 @@ def wandering(data: xr.Dataset, truth: xr.Dataset) -> tuple[float, float, float]
     return float(away.mean()), *proportion_interval(float(away.mean()), independent, level)
 
 # %% ../../nbs/climate/10_distances.ipynb #4a219e8e
-def _place(name: str, data: xr.Dataset) -> tuple:
-    "Where a source comes: the truth first, then the checkpoints in their order."
-    return name != "truth", order(identity_from({"checkpoint": name} | data.attrs))
-
-
 def read_long(folder: Path) -> dict[str, xr.Dataset]:
     "The climates of a run by source: the truth first, then the checkpoints in their order."
     remedy = "delete it and run 06_long_analysis again"
     files = sorted((Path(folder) / "long_analyses").glob("*.nc"))
-    found = {path.stem: result_file(path, read_netcdf, remedy) for path in files}
-    return dict(sorted(found.items(), key=lambda item: _place(*item)))
+    found = {path.stem: result_file(path, told_of, remedy) for path in files}
+    place = lambda name: (name != "truth", order(found[name][1]))
+    return {name: found[name][0] for name in sorted(found, key=place)}

@@ -32,7 +32,7 @@ from .frames import FrameSums, Piece
 from .keys import AnalysisConfig
 from .records import Record
 from ..lab.config import LabError
-from ..lab.files import atomic, result_file
+from ..lab.files import atomic, read_arrays, result_file
 from ..lab.progress import Meter, note
 
 # %% ../../nbs/climate/09_passes.ipynb #3d9b12ae
@@ -177,14 +177,13 @@ def _take_arrays(one: Diagnostic, arrays: Mapping, key: str) -> None:
 def read_kept(path: Path, setting: Setting) -> tuple[dict[str, Diagnostic], str]:
     "What `save_kept` wrote, as diagnostics, and what was analysed."
     diagnostics: dict[str, Diagnostic] = {}
-    with np.load(path) as arrays:
-        for key in arrays.files:
-            if key != "about":
-                switch = key.split("/")[0]
-                if switch not in diagnostics:
-                    diagnostics[switch] = DIAGNOSTICS[switch](setting)
-                _take_arrays(diagnostics[switch], arrays, key)
-        return diagnostics, str(arrays["about"])
+    arrays = read_arrays(path)
+    for key in [key for key in arrays if key != "about"]:
+        switch = key.split("/")[0]
+        if switch not in diagnostics:
+            diagnostics[switch] = DIAGNOSTICS[switch](setting)
+        _take_arrays(diagnostics[switch], arrays, key)
+    return diagnostics, str(arrays["about"])
 
 # %% ../../nbs/climate/09_passes.ipynb #f9c6fd0a
 def joined(parts: Sequence[Mapping[str, Diagnostic]]) -> dict[str, Diagnostic]:
@@ -265,8 +264,8 @@ def read_parts(
 
 def part_about(path: Path) -> str:
     "What a part says it is one of; nothing else of it is read."
-    with np.load(path) as kept:
-        return str(kept["about"])
+    remedy = "delete it and analyse that part again"
+    return result_file(path, lambda path: str(read_arrays(path, "about")["about"]), remedy)
 
 # %% ../../nbs/climate/09_passes.ipynb #614816b8
 def _take_share(

@@ -26,7 +26,7 @@ from torch import Tensor
 from .materialize import narrower
 from .units import Part, Pieces
 from ..lab.config import LabError
-from ..lab.files import atomic
+from ..lab.files import atomic, read_json
 from ..lab.progress import progress
 from ..model import Emulator
 
@@ -35,9 +35,10 @@ def head_flops(
     tokens: int,  # L
     dim: int,  # token width D
     width: int,  # of a head
+    seen: int | None = None,  # tokens that each token attends to; all, unless given
 ) -> int:  # operations for one sample
-    "What a head costs: four linear maps and two products of L×L tables."
-    return 8 * tokens * dim * width + 4 * tokens**2 * width
+    "What a head costs: four linear maps and two products with the table of weights."
+    return 8 * tokens * dim * width + 4 * tokens * (tokens if seen is None else seen) * width
 
 
 def channel_flops(tokens: int, dim: int) -> int:  # operations for one sample
@@ -199,7 +200,8 @@ def _floors(
     full, costs = widths_of(emulator), {}
     for tower, (L, D) in tokens.items():
         heads = emulator.network.config[f"{emulator.network.towers[tower]}num_heads"]
-        costs[tower] = head_flops(L, D, D // heads), channel_flops(L, D)
+        seen = max((block.attn.seen(L) for block in emulator.network.get_submodule(tower)), default=L)
+        costs[tower] = head_flops(L, D, D // heads, seen), channel_flops(L, D)
     every = [h * costs[t][0] + c * costs[t][1] for t in costs for h, c in full[t]]
     share = ms / max(sum(every), 1) / 20
     return {tower: (share * head, share * channel) for tower, (head, channel) in costs.items()}
@@ -247,7 +249,7 @@ def kept_latency(
         with atomic(path) as part:
             table = measure_latency(emulator, batch_size, **measuring)
             part.write_text(json.dumps(asdict(table), indent=1))
-    table = Latency(**json.loads(path.read_text()))
+    table = read_json(path, Latency, "remove it, and it is measured again")
     if (table.model, table.batch_size) != (emulator.network.config, batch_size):
         what = f"{path} was measured for another network or batch size"
         raise LabError(f"{what}: remove it, and it is measured again")

@@ -6,8 +6,10 @@
 __all__ = ['Batches', 'training_batches']
 
 # %% ../../nbs/data/02_batches.ipynb #709aca74
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +21,11 @@ from ..lab.ranks import part, ranks
 from ..physics.symmetries import Symmetries
 
 # %% ../../nbs/data/02_batches.ipynb #316e84a9
+def _ahead(dataset: FrameDataset, augment: Symmetries | Callable | None) -> int:
+    "Batches to make ahead: of frames that have to be read and transformed, unless who transforms may look at the training."
+    return 2 if dataset.mode != "memory" and (augment is None or isinstance(augment, Symmetries)) else 0
+
+
 class Batches:
     "Batches of a data set, epoch by epoch."
 
@@ -30,12 +37,12 @@ class Batches:
         seed: int = 0,
         augment: Symmetries | Callable | None = None,  # (batch, generator) -> batch
         device: str | torch.device = "cpu",
-        prefetch: bool = False,  # make the next batch in a thread meanwhile
+        prefetch: int | None = None,  # make so many of the next batches in threads meanwhile; see `_ahead`
         limit: int | None = None,  # batches in an epoch, at most: a random part of a large set
     ):
         self.dataset, self.batch_size, self.limit = dataset, batch_size, limit
         self.shuffle, self.seed, self.augment = shuffle, seed, augment
-        self.device, self.prefetch = device, prefetch
+        self.device, self.prefetch = device, _ahead(dataset, augment) if prefetch is None else prefetch
         if not len(self):
             raise LabError(f"{dataset.name}: batch_size = {batch_size} is more than its {len(dataset)} samples")
         if batch_size % (world := ranks().world):
@@ -80,16 +87,15 @@ def epoch(
     skip: int = 0,  # batches that were done before
 ) -> Iterator[dict[str, torch.Tensor]]:
     "The batches of one epoch, of each this rank's part."
-    order, numbers = self.order(epoch), range(skip, len(self))
+    order, numbers = self.order(epoch), iter(range(skip, len(self)))
     if not self.prefetch:
         yield from (self.make(epoch, i, order) for i in numbers)
         return
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(self.make, epoch, skip, order) if numbers else None
-        for i in numbers:
-            batch, ahead = ahead.result(), pool.submit(
-                self.make, epoch, i + 1, order
-            ) if i + 1 < len(self) else None
+    with ThreadPoolExecutor(self.prefetch) as pool:
+        ahead = deque(pool.submit(self.make, epoch, i, order) for i in islice(numbers, self.prefetch))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(self.make, epoch, i, order) for i in islice(numbers, 1))
             yield batch
 
 # %% ../../nbs/data/02_batches.ipynb #9451d19f

@@ -7,6 +7,7 @@ __all__ = ['MEMORY', 'FIELDS', 'DatasetConfig', 'sample_frames', 'sample_offsets
            'folders', 'open_dataset', 'climatology', 'check_disjoint']
 
 # %% ../../nbs/data/01_frames.ipynb #f1209014
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -288,6 +289,17 @@ def _chosen(paths: Sequence[Path], trajectories: Sequence[int] | None, name: str
     if absent := sorted(set(trajectories) - set(there)):
         raise LabError(f"{name}: no trajectory {absent[0]} in {paths[0]}; there are {there}")
     return [s for s in stores if s.regime.IC in trajectories]
+
+# %% ../../nbs/data/01_frames.ipynb #a5d7f002
+@patch
+def identity(self: DatasetConfig) -> list[dict]:
+    "What the data are, see `Section.identity`: flow, frames and the SHA-256 of two of them, float32; no hash where bad frames are left out."
+    said = []
+    for store in _stores(self, "dataset"):
+        used = store.frames[np.any([(store.frames >= a) & (store.frames < b) for a, b in self.frame_range], axis=0)]
+        ends = {} if self.skip_bad or not len(used) else {"sha256": hashlib.sha256(store.read([used[0], used[-1]]).tobytes()).hexdigest()}
+        said.append({"flow": store.regime.path().as_posix(), "frames": len(used)} | ends)
+    return said
 
 # %% ../../nbs/data/01_frames.ipynb #ea9d2e97
 def open_dataset(

@@ -7,23 +7,21 @@ __all__ = ['KEEP', 'GenerateConfig', 'description', 'what_it_makes', 'size_in_by
            'announcement', 'generate']
 
 # %% ../../nbs/data/00_generate.ipynb #807450c8
-import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
-from ..lab.files import atomic, read_checkpoint, write_checkpoint
+from ..lab.files import alone_in, atomic, read_checkpoint, read_json, write_checkpoint
 from ..lab.progress import clock, note, progress
-from ..lab.runs import resolve_device
+from ..lab.ranks import resolve_device
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
 from ..physics.solver import Solver, random_vorticity
 
@@ -126,7 +124,7 @@ def _made(root: Path, cfg: GenerateConfig, name: str = "generate.json") -> bool:
                 "data_dir of its own, or leave the section out to use them"
             )
         return False
-    said, there = description(cfg), json.loads((root / name).read_text())
+    said, there = description(cfg), read_json(root / name, dict[str, Any], "remove the folder, and it is made again")
     if other := [key for key in said if there.get(key) != said[key]]:
         differ = ", ".join(f"{k} = {there.get(k)} there, {said[k]} wanted" for k in other)
         raise LabError(
@@ -210,18 +208,6 @@ def _prepare(cfg: GenerateConfig, root: Path) -> None:
             f"{root}: [generate] needs {need / 1e6:.3g} MB and {there / 1e6:.3g} MB are free"
         )
 
-# %% ../../nbs/data/00_generate.ipynb #2c4db17f
-@contextmanager
-def _locked(path: Path, waiting: str) -> Iterator[None]:
-    "Hold a lock that the system releases when the process ends, however it ends."
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 # %% ../../nbs/data/00_generate.ipynb #aefb9555
 def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
     "Make the data of a section, if they are not there; after a kill it goes on, to the same bits."
@@ -230,7 +216,7 @@ def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
         return root
     resolve_device(cfg.device)  # before anything is written
     _prepare(cfg, root)
-    with _locked(root / ".lock", f"another process is making the data in {root}; waiting for it"):
+    with alone_in(root, f"another process is making the data in {root}; waiting for it"):
         if not _made(root, cfg):
             note(announcement(cfg, root))
             with atomic(root / "generate.part.json") as part:
@@ -268,7 +254,13 @@ def _resume(solver: Solver, file: Path, writers: list) -> int | None:
 # %% ../../nbs/data/00_generate.ipynb #07d704ad
 def _simulate(cfg: GenerateConfig, root: Path):
     "All trajectories, from the kept state or from the start."
-    solver, writers, file = _solver(cfg), _writers(cfg, root), root / "generate.state"
+    with ExitStack() as held:
+        _go_on(cfg, [held.enter_context(closing(writer)) for writer in _writers(cfg, root)], root / "generate.state")
+
+
+def _go_on(cfg: GenerateConfig, writers: list[TreeWriter | PackedWriter], file: Path):
+    "The frames that the writers lack, the state being kept in `file`."
+    solver = _solver(cfg)
     done, kept = _resume(solver, file, writers), time.monotonic()
     if done is None:
         for _ in progress(range(round(cfg.spin_up / cfg.t_save)), desc="spinning up"):

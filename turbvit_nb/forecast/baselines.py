@@ -23,7 +23,7 @@ from .keys import analysis_settings
 from .scores import by_lead, with_vorticity
 from .starts import DATA_KEYS, GROUP, HISTORY, Starts, fitted_section, streamed
 from ..lab.config import Config, LabError
-from ..lab.files import atomic, earlier
+from ..lab.files import atomic, earlier, read_arrays
 from ..lab.progress import note, progress
 from ..lab.results import fingerprint, is_same, picked
 from ..lab.runs import Run
@@ -153,12 +153,6 @@ def data_told(config: Config, *sections: str) -> dict:
     return {name: picked(config.section(name), DATA_KEYS, others=True) for name in sections}
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    "All arrays of an .npz file."
-    with np.load(path) as held:
-        return dict(held)
-
-
 def _fitted(config: Config) -> dict[str, np.ndarray]:
     "The fits as arrays."
     settings = analysis_settings(config)
@@ -179,8 +173,8 @@ def baseline_fits(run: Run) -> Fits:
     settings, step = analysis_settings(config), config.section(scored_section(config)).target_step
     told = data_told(config, fitted_section(config), climate_section(config))
     told |= {"leads": settings.max_leadtime, "linear": settings.linear, "step": step}
-    asked, held = fingerprint(told), earlier(target, _arrays)
-    known = held is not None and is_same(str(held["made_from"]), asked)
+    asked, held = fingerprint(told), earlier(target, read_arrays)
+    known = held is not None and is_same(str(held.get("made_from", "")), asked)
     if not known or settings.linear and "rest" not in held:
         held = _fitted(config)
         with atomic(target) as part:

@@ -9,14 +9,16 @@ __all__ = ['Solve', 'TAU', 'integrable', 'by_flow', 'twin_states', 'flow_exponen
 import json
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from .keys import ForecastConfig, analysis_settings
 from .starts import Starts
 from ..lab.config import LabError
-from ..lab.files import atomic, earlier
+from ..lab.files import atomic, earlier, read_json
 from ..lab.progress import Meter
 from ..lab.runs import Run
 from turbvit_nb.physics.predictability import (
@@ -92,6 +94,15 @@ def _measured(starts: Starts, settings: ForecastConfig) -> dict[str, float]:
     return dict(zip(_EXPONENT, (found.exponent, found.low, found.high)))
 
 
+class _Kept(TypedDict):
+    "What lyapunov.json holds."
+
+    made_from: dict[str, Any]
+    lyapunov_exponent: float
+    lyapunov_low: float
+    lyapunov_high: float
+
+
 def flow_exponent(run: Run, starts: Starts) -> dict[str, float]:
     "The flow's exponent with its interval, per time unit: attributes `lyapunov_…`; NaN where unknown."
     settings, flows = analysis_settings(run.config), set(starts.flows)
@@ -100,7 +111,7 @@ def flow_exponent(run: Run, starts: Starts) -> dict[str, float]:
         return dict.fromkeys(_EXPONENT, math.nan)
     target = run.path / "baselines" / "lyapunov.json"
     asked = {"flow": str(starts.flows[0]), "time": settings.lyapunov_time, "level": settings.level}
-    known = earlier(target, lambda path: json.loads(path.read_text()))
+    known = earlier(target, lambda path: read_json(path, _Kept, "it is measured again"))
     if not known or known["made_from"] != asked:
         known = {"made_from": asked} | _measured(starts, settings)
         with atomic(target) as part:

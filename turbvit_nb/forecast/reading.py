@@ -19,7 +19,7 @@ import xarray as xr
 from .scores import FORECASTS, horizon_words
 from ..lab.checkpoints import identity_from, order
 from ..lab.files import result_file
-from ..lab.results import read_netcdf
+from ..lab.results import told_of
 from ..physics.ensembles import spread_skill_ratio
 from ..physics.predictability import horizon_interval
 from ..physics.statistics import block_bootstrap, block_length
@@ -174,9 +174,9 @@ def read_short(
     found = {path.stem: path for path in (Path(folder) / "short_analyses").glob("*.nc")}
     remedy = "delete it and run 05_short_analysis again"
     chosen = sorted(found) if names is None else names
-    results = {name: result_file(found[name], read_netcdf, remedy) for name in chosen}
-    place = lambda item: order(identity_from({"checkpoint": item[0]} | item[1].attrs))
-    return dict(sorted(results.items(), key=place)) if names is None else results
+    results = {name: result_file(found[name], told_of, remedy) for name in chosen}
+    place = lambda name: order(results[name][1])
+    return {name: results[name][0] for name in (sorted(results, key=place) if names is None else results)}
 
 
 def labelled(results: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:

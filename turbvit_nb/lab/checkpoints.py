@@ -10,7 +10,7 @@ __all__ = ['ROLES', 'Identity', 'order', 'parse_name', 'as_state', 'identity_of'
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from .config import LabError
-from .files import read_checkpoint
+from .files import read_checkpoint, undamaged
 from .runs import Run, owner_of
 
 # %% ../../nbs/lab/05_checkpoints.ipynb #8b5185fe
@@ -42,6 +42,10 @@ class Identity:
     run: str = ""  # of which run, where the results of several lie in one folder
 
     def __post_init__(self):
+        for part in fields(self):
+            value, kind = getattr(self, part.name), (int, float) if part.type is float else part.type
+            if not isinstance(value, kind):
+                raise LabError(f"{self.name}: {part.name} of a checkpoint is {value!r}, which is no {getattr(part.type, '__name__', part.type)}")
         if self.role not in ROLES:
             there = ", ".join(ROLES)
             raise LabError(f"{self.name}: {self.role!r} is no role of a checkpoint; there are {there}")
@@ -97,7 +101,9 @@ def identity_of(
     known = parse_name(name)
     if "identity" not in state:
         return known
-    stored = {key: value for key, value in dict(state["identity"]).items() if key in _STORED}
+    if not isinstance(said := state["identity"], Mapping):
+        raise LabError(f"{name}: what it says it is is a {type(said).__name__}, not a table")
+    stored = {key: value for key, value in said.items() if key in _STORED}
     return Identity(known.name if known.result else name, run=known.run, **stored)
 
 
@@ -105,7 +111,8 @@ def identify(
     path: str | PathLike,  # of a checkpoint
 ) -> Identity:
     "What a file says it is. Raises `LabError` when it cannot be read."
-    return identity_of(read_checkpoint(path, mmap=True), Path(path).stem)
+    with undamaged(Path(path), "use another checkpoint"):
+        return identity_of(read_checkpoint(path, mmap=True), Path(path).stem)
 
 # %% ../../nbs/lab/05_checkpoints.ipynb #6fd8a2d7
 def _listed(path: Path) -> Identity:

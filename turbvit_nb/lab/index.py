@@ -8,15 +8,19 @@ __all__ = ['SORT', 'TABLE_STYLE', 'flow', 'read_stages', 'run_state', 'run_facts
 
 # %% ../../nbs/lab/12_index.ipynb #ff3de017
 import html
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+from typing_extensions import Required, TypedDict
 
 from .checkpoints import Identity, identify, parse_name
 from .config import LabError, read_toml, runs_dir
+from .files import read_json, undamaged
 from .plots import Table, interval_text
 from .runs import find_runs, read_metrics, stages
 
@@ -293,17 +297,20 @@ def mark(value: float, low: float | None, high: float | None) -> str:
 def _horizon_cell(row: Mapping, longest: float) -> dict:
     "The horizon of a model, marked by whether its interval reaches the longest of the table."
     value, low, high = (row.get(f"horizon{end}") for end in ("", " low", " high"))
+    low = None if high is None else low
     if value is None:
         return {"what": "horizon (steps)", "mark": "unknown", "text": "?"}
     apart = mark(value - longest, low - longest, high - longest) if low is not None else "unknown"
     known = {"value": value, "low": low, "high": high, "mark": "ok" if value >= longest else apart}
-    return {"what": "horizon (steps)", "text": f"{value:.0f} [{low:.0f}, {high:.0f}]"} | known
+    text = f"{value:.0f}" if low is None else f"{value:.0f} [{low:.0f}, {high:.0f}]"
+    return {"what": "horizon (steps)", "text": text} | known
 
 
 def _bias_cell(row: Mapping, name: str) -> dict:
     "The bias of a mean in percent of the truth's."
     value, low, high = (row.get(f"{name} bias{end}") for end in ("", " low", " high"))
-    if value is None:
+    low = None if high is None else low
+    if value is None or low is None:
         return {"what": f"{name} (%)", "mark": "unknown", "text": "?"}
     value, low, high = (100 * v for v in (value, low, high))
     known = {"value": value, "low": low, "high": high, "mark": mark(value, low, high)}
@@ -332,9 +339,23 @@ def scorecard_rows(
     ]
 
 
+_NUMBERS = [f"{name}{end}" for name in ("horizon", "energy bias", "enstrophy bias") for end in ("", " low", " high")]
+_Judged = TypedDict("_Judged", {"label": Required[str]} | dict.fromkeys([*_NUMBERS, "zonal flow (relative)"], float | None), total=False)
+_Judged.__pydantic_config__ = ConfigDict(extra="allow")
+
+
+class _Comparison(TypedDict, total=False):
+    "What comparison.json holds, as far as its scorecard goes."
+
+    scorecard: list[dict[str, Any]]
+    rows: list[_Judged]
+
+
 def read_scorecard(
     folder: Path,  # of a run with a comparison
 ) -> list[dict]:
     "The scorecard of a run's comparison; none where it has made none."
     file = Path(folder) / "comparison.json"
-    return scorecard_rows(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
+    again = "delete it and run 07_compare again"
+    with undamaged(file, again):
+        return scorecard_rows(read_json(file, _Comparison, again)) if file.exists() else []

@@ -10,7 +10,6 @@ __all__ = ['PARENT', 'WHOLE', 'KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', '
 
 # %% ../../nbs/lab/10_jobs.ipynb #a64babfb
 import ast
-import json
 import logging
 import os
 import re
@@ -37,16 +36,18 @@ from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from pydantic import ConfigDict
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
+from typing_extensions import Required, TypedDict
 
 from .config import Config as Settings
 from .config import LabError, code_version, find_config, hint, load_config, nbs_dir
 from .config import registry, run_folder
-from .files import atomic
+from .files import Lock, added_to, atomic, locked, read_json, undamaged
 from .progress import Relay, clock
 from .ranks import ranks
-from .runs import Lock, folder_of, locked, plan_run, stages
+from .runs import folder_of, plan_run, stages
 
 # %% ../../nbs/lab/10_jobs.ipynb #a05f886a
 @dataclass(frozen=True)
@@ -66,14 +67,35 @@ class Chapter:
         return re.sub(r"^\d+_", "", self.path.stem)
 
 # %% ../../nbs/lab/10_jobs.ipynb #89c11589
+class _Tagged(TypedDict, total=False):
+    "What is about a cell."
+
+    tags: list[str]
+
+
+class _Cell(TypedDict):
+    "A cell of a notebook."
+
+    metadata: _Tagged
+    source: str | list[str]
+
+
+class _Notebook(TypedDict):
+    "A notebook, as far as a job needs to know it."
+
+    cells: list[_Cell]
+
+
 @patch(as_prop=True)
 def parameters(self: Chapter) -> list[str]:
     "The names assigned in the cell tagged `parameters`; none when there is no such cell."
-    cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
+    cells = read_json(self.path, _Notebook, "it is no notebook that Jupyter could open")["cells"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    body = ast.parse("".join(tagged[0]["source"])).body if tagged else []
-    plain = [s.targets[0].id for s in body if isinstance(s, ast.Assign)]
-    return [s.target.id for s in body if isinstance(s, ast.AnnAssign)] + plain
+    with undamaged(self.path, "its cell of parameters is no Python"):
+        body = ast.parse("".join(tagged[0]["source"])).body if tagged else []
+    plain = [s.targets[0] for s in body if isinstance(s, ast.Assign)]
+    targets = [s.target for s in body if isinstance(s, ast.AnnAssign)] + plain
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 # %% ../../nbs/lab/10_jobs.ipynb #2a3eaa7d
 @patch
@@ -303,7 +325,7 @@ class JobError(LabError):
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
-        self.code = code
+        self.args, self.code = (message,), code  # its lines are kept
 
 
 def explain(
@@ -528,7 +550,7 @@ def _as_guest(self: Job) -> Report:  # of nothing: the first rank's counts
     "Execute the chapter as one of the other ranks; what it says goes to a log in the folder. Raises `JobError`."
     report = Report(self.folder / "ranks", f"{self.chapter.name}.rank{ranks().rank}")
     report.folder.mkdir(parents=True, exist_ok=True)
-    with (report.folder / f"{report.name}.log").open("a") as log:
+    with added_to(report.folder / f"{report.name}.log") as log:
         try:
             with redirect_stdout(log), redirect_stderr(log):
                 execute(self.chapter, report, self.parameters, {"TURBVIT_JOB": str(self.folder)}, self.teach)
@@ -572,6 +594,32 @@ def run_job(
     return plan_job(chapter, config, overrides, parameters, teach).run()
 
 # %% ../../nbs/lab/10_jobs.ipynb #4298d013
+class _Started(TypedDict, total=False):
+    "The parameters of a notebook."
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    config: Required[str]
+    overrides: list[str]
+
+
+class _Notes(TypedDict):
+    "What papermill notes in a notebook."
+
+    parameters: _Started
+
+
+class _Noted(TypedDict):
+    "What is about a notebook."
+
+    papermill: _Notes
+
+
+class _Unfinished(TypedDict):
+    "A notebook that papermill has begun."
+
+    metadata: _Noted
+
+
 def unopened(
     folder: Path,  # a run folder
 ) -> dict[str, dict]:  # stage: the parameters its notebook was started with
@@ -580,8 +628,7 @@ def unopened(
     for path in sorted(folder.glob(".*.unfinished.ipynb")):
         stage = Chapter(folder / path.name.removeprefix(".").replace(".unfinished", "")).stage
         if stage not in known:
-            notes = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
-            found[stage] = notes["parameters"]
+            found[stage] = read_json(path, _Unfinished, "delete it and begin the job again")["metadata"]["papermill"]["parameters"]
     return found
 
 

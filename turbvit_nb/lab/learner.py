@@ -319,6 +319,8 @@ def load_state(self: Learner, state: dict) -> None:
         raise LabError(f"the checkpoint does not fit the model: {why}") from None
     groups = self.optimizer.state_dict()["param_groups"]
     self.optimizer.load_state_dict({"state": state["optimizer_state"]["state"], "param_groups": groups})
+    for group, kept in zip(self.optimizer.param_groups, state["optimizer_state"]["param_groups"], strict=True):
+        group["lr"] = kept["lr"]  # as the last step left it: what is done may have no other
     self.scaler.load_state_dict(state["scaler"])
     self.epoch, self.batch_index, self.step = state["epoch"], state["batch_index"], state["step"]
     self.updates = state.get("updates", state["step"])  # older states: one per batch

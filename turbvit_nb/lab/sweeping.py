@@ -24,16 +24,18 @@ from statistics import median
 from typing import Any
 
 from fastcore.basics import patch
+from pydantic import ConfigDict
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from typing_extensions import TypedDict
 
 from .config import Config, LabError, load_config, registry, run_folder
-from .files import atomic
+from .files import Lock, added_to, atomic, locked, read_json
 from .jobs import INTERRUPTED, RESUME, TERMINATED, WHOLE, JobError, at_work, unopened
 from .launch import Together, words_of
 from .progress import clock
-from .runs import Lock, check_joins, history, locked, stages
+from .runs import check_joins, history, stages
 from .sweeps import Point, Sweep, Task, find_sweeps, keep_copy, named_in, points, read_sweep
 from .sweeps import strings_in, tasks
 
@@ -52,15 +54,25 @@ class Cell:
         return self.state != "done"
 
 
+class _Noted(TypedDict, total=False):
+    "What a sweep notes of a run, by chapter."
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    seconds: dict[str, float]
+    failed: dict[str, str]
+
+
+class _Record(TypedDict, total=False):
+    "What `sweep.json` holds."
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    runs: dict[str, _Noted]
+
+
 def _state(folder: Path) -> dict:
     "What `sweep.json` holds; nothing where there is none. Raises `LabError` when it is damaged."
-    file = folder / "sweep.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return found | {"runs": dict(found.get("runs", {}))}
-    except (ValueError, TypeError, AttributeError):
-        remedy = "delete it, the runs themselves say what is done"
-        raise LabError(f"{file} is damaged; {remedy}") from None
+    file, remedy = folder / "sweep.json", "delete it, the runs themselves say what is done"
+    return {"runs": {}} | (read_json(file, _Record, remedy) if file.exists() else {})
 
 
 def _cell(entry: dict | None, seconds: float | None, why: str) -> Cell:
@@ -342,7 +354,7 @@ def _log(self: Sweeping, task: Task, text: str) -> None:
     "Add a line to the log of a task."
     file = self.sweep.folder / "logs" / f"{task.name.replace('/', '_').replace(' ', '_')}.log"
     file.parent.mkdir(exist_ok=True)
-    with file.open("a", encoding="utf-8") as log:
+    with added_to(file) as log:
         log.write(text + "\n")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 from pydantic import Field
 
-from .config import LabError, Section, find_config, hint, read_toml, registry, run_folder
+from .config import Below, LabError, Section, find_config, hint, read_toml, registry, run_folder
 from .config import runs_dir
 from .files import atomic
 from .jobs import Chapter, find_chapter
@@ -44,7 +44,7 @@ class PartConfig(Section):
 class SweepConfig(PartConfig):
     "The section `[sweep]`: a study as one file."
 
-    name: str = Field(pattern=r"^\w[\w./-]*$")  # of the study: its folder is that of a run of this name
+    name: Below = Field(pattern=r"^\w[\w./-]*$")  # of the study: its folder is that of a run of this name
     run: str
     chapters: list[str]
     jobs: int | None = Field(None, ge=1)  # runs at once; None: as many as there are cores for
@@ -221,6 +221,9 @@ def _point(path: Path, sweep: str, part: PartConfig, values: dict[str, Any]) -> 
     "One point of a part."
     known = {"sweep": sweep, "part": part.part} | values
     run = fill(part.run, known, name=True)
+    if not re.fullmatch(r"\w[\w.+=/-]*", run) or {"..", "."} & {*run.split("/")} or len(run.encode()) > 200:
+        told = f'sweep.run = "{part.run}" makes a run called {run}'
+        raise LabError(f"{path}, part {part.part}: {told}; a name is letters, digits and . _ + = - /, begins with a letter, and leads nowhere else")
     ours = [text for text in part.overrides if text.partition("=")[0].strip() in ("output_dir", "run")]
     if ours or {"output_dir", "run"} & values.keys():
         raise LabError(f"{path}, part {part.part}: the folder of a run is named by sweep.run")

@@ -17,12 +17,13 @@ import h5py
 import holoviews as hv
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from scipy.stats import qmc
 from torch import Tensor
 
+from ..flow.images import picture
 from ..lab.config import LabError, Section, data_path
+from ..lab.files import check_room, read_arrays, undamaged
 from ..lab.plots import DIVERGING
 from ..lab.progress import progress
 from ..physics.py2d import Regime
@@ -137,7 +138,9 @@ def _hdf5(path: Path, key: str | None) -> np.ndarray:
     with h5py.File(path, "r") as file:
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        return file[_chosen(path, key, names)][()]
+        held = file[_chosen(path, key, names)]
+        check_room(path, held.size * held.dtype.itemsize)
+        return held[()]
 
 
 def _chosen(path: Path, key: str | None, names: Sequence[str]) -> str:
@@ -157,21 +160,14 @@ def read_array(
     "An array of numbers. Raises `LabError`."
     if not path.is_file():
         raise LabError(f"{path} is not there")
-    try:
+    with undamaged(path, "or holds no array that can be read; mend it, or name another"):
         if path.suffix in (".h5", ".hdf5", ".nc"):
             found = _hdf5(path, key)
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                found = file[_chosen(path, key, file.files)]
-        elif path.suffix == ".npy":
-            found = np.load(path, allow_pickle=False)
+        elif path.suffix in (".npy", ".npz"):
+            held = read_arrays(path)
+            found = held[_chosen(path, key, list(held)) if path.suffix == ".npz" else ""]
         else:
             raise LabError(f"{path}: arrays are read from .npy, .npz and HDF5 (.h5, .hdf5, .nc)")
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        if "allow_pickle" in str(error) or "pickled" in str(error):
-            line = f"np.save('{path.stem}_numbers.npy', np.stack(list(np.load('{path.name}', allow_pickle=True))).astype('float32'))"
-            raise LabError(f"{path} is pickled, and reading it could run code; convert it where you trust it: {line}") from None
-        raise LabError(f"{path} holds no array that can be read ({error})") from None
     if not np.issubdtype(found.dtype, np.number) or np.iscomplexobj(found):
         raise LabError(f"{path} holds {found.dtype}, not real numbers")
     return found
@@ -208,11 +204,8 @@ def read_pictures(path: Path) -> np.ndarray:  # (P, C, N, N), in [0, 1] where th
         return found[:, None] if found.ndim == 3 else found
     files, pictures = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")), []
     for file in files:
-        try:
-            with Image.open(file) as image:
-                pictures.append(np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16", "F") else "RGB"), dtype=np.float32) / 255)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise LabError(f"{file} is not a picture that can be read ({error}); mend or remove it") from None
+        image = picture(file)
+        pictures.append(np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16", "F") else "RGB"), dtype=np.float32) / 255)
         if pictures[-1].shape != pictures[0].shape:
             shape = lambda one: " × ".join(map(str, one.shape))
             raise LabError(f"{file} has {shape(pictures[-1])} points, {files[0].name} has {shape(pictures[0])}: pictures must be of one size")

@@ -24,7 +24,7 @@ def _products(
     "The operations of the matrix products that a module does itself, without its children's."
     if isinstance(module, Attention):
         B, L, _ = output.shape
-        return 4 * B * L * L * module.proj.in_features
+        return 4 * B * L * module.seen(L) * module.proj.in_features
     if isinstance(module, nn.ConvTranspose2d):
         return 2 * module.weight.numel() * inputs[0].numel() // module.in_channels
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lab.config import LabError
-from ..layers.attention import Attend, attention
+from ..layers.attention import Attend, attention, shifted_windows
 from ..layers.convolution import RECOVERIES, tokens_to_grid
 from ..layers.embed import ConditionEmbed, TubeletEmbed, torus_positions
 from ..layers.modulation import ModulatedBlock, ModulatedResidual, TimeEmbed
-from .transformers import FEATURES, NetworkConfig, condition_features, network
+from .transformers import FEATURES, NetworkConfig, TokensConfig, condition_features, network
 from .unet import UNet
 
 # %% ../../nbs/networks/02_generative.ipynb #5c5f873b
@@ -87,11 +87,10 @@ DIT_SIZES = {  # name: width, blocks, heads; Ti as in DeiT, the others as publis
 }
 
 
-class DiTConfig(GenerativeConfig):
+class DiTConfig(GenerativeConfig, TokensConfig):
     "The keys of a `DiT`."
 
     size: str | None = None  # a name in `DIT_SIZES`, in place of embed_dim, depth and num_heads
-    patch_size: int = Field(4, gt=0)  # points per side of a patch
     embed_dim: int = Field(128, gt=0)  # token width D
     depth: int = Field(4, ge=0)  # blocks
     num_heads: int = Field(4, gt=0)  # attention heads
@@ -134,6 +133,7 @@ class DiT(nn.Module):
         num_frames: int = 1,  # input frames T
         in_chans: int = 2,  # fields C
         mlp_ratio: float = 4.0,  # hidden width of the MLPs in units of D
+        window: int = 0,  # tokens per side of a window, see `shifted_windows`; 0: all tokens
         conditions: list[str] = list(FEATURES),  # flow parameters it is told
         classes: int = 0,  # or labels
         highest: float = 4.0,  # frequency of the time embedding
@@ -145,7 +145,8 @@ class DiT(nn.Module):
         self.patch_embed = TubeletEmbed(in_chans=in_chans, tubelet_size=num_frames + 1, **tokens)
         self.register_buffer("pos_embed", torus_positions(self.rows, self.rows, embed_dim)[None])
         block = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, attend=attend, told=embed_dim)
-        self.blocks = nn.ModuleList(ModulatedBlock(**block) for _ in range(depth))
+        windows = shifted_windows(depth, self.rows, window)
+        self.blocks = nn.ModuleList(ModulatedBlock(windows=each, **block) for each in windows)
         self.norm = nn.LayerNorm(embed_dim, elementwise_affine=False)
         self.modulation = nn.Linear(embed_dim, 2 * embed_dim)
         self.patchrecovery = RECOVERIES["subpixel_conv"](out_chans=in_chans, **tokens)

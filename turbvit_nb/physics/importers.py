@@ -10,7 +10,6 @@ __all__ = ['LETTERS', 'VORTICITY', 'VELOCITY', 'BLOCK', 'Archive', 'open_archive
 # %% ../../nbs/physics/09_importers.ipynb #58da3ebf
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -22,16 +21,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from turbvit_nb.physics.py2d import (
-    CONDITIONS,
-    PACKED,
-    PackedStore,
-    PackedWriter,
-    Regime,
-    StoreError,
-    check_packed_dtype,
-    packed_path,
-)
+from .mat import FrameError, StoreError, check_size, open_hdf5, undamaged
+from .py2d import CONDITIONS, PACKED, PackedStore, PackedWriter, Regime, check_packed_dtype, packed_path
 from .spectral import Grid
 
 # %% ../../nbs/physics/09_importers.ipynb #c646d452
@@ -93,20 +84,13 @@ def __getitem__(self: _Member, index: tuple) -> np.ndarray:
 @contextmanager
 def _open_numpy(path: Path) -> Iterator[Archive]:
     "An `.npz` or `.npy`."
-    try:
-        if path.suffix == ".npy":
-            yield Archive(path, {"omega": np.load(path, mmap_mode="r", allow_pickle=False)})
-            return
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith(".npy")]
-            members = {n.removesuffix(".npy"): _Member(archive, n) for n in names}
-            yield Archive(path, members, said={k: m[:] for k, m in members.items() if not m.ndim})
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise StoreError(f"{path}: truncated, or no NumPy file ({error})") from None
-    except ValueError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{path}: not an array of plain numbers ({error})") from None
+    if path.suffix == ".npy":
+        yield Archive(path, {"omega": np.load(path, mmap_mode="r", allow_pickle=False)})
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.endswith(".npy")]
+        members = {n.removesuffix(".npy"): _Member(archive, n) for n in names}
+        yield Archive(path, members, said={k: m[:] for k, m in members.items() if not m.ndim})
 
 # %% ../../nbs/physics/09_importers.ipynb #48c8ba4f
 def _texts(values: Any) -> list[str]:
@@ -139,11 +123,7 @@ def _well(path: Path, file: h5py.File) -> Archive:
 @contextmanager
 def _open_hdf5(path: Path) -> Iterator[Archive]:
     "An HDF5 file: of the Well, or any."
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise StoreError(f"{path}: not a whole HDF5 file ({str(error).splitlines()[0]})") from None
-    with file:
+    with open_hdf5(path, "get it again") as file:
         if "omega" in file and "checksum" in file:
             raise StoreError(f"{path}: is a packed store already; name it as data_dir")
         if "dimensions" in file and ("t0_fields" in file or "t1_fields" in file):
@@ -166,11 +146,7 @@ def _open_xarray(path: Path) -> Iterator[Archive]:
             import zarr as _  # noqa: F401
         except ImportError:
             raise StoreError(f"{path}: reading Zarr needs a package: pip install zarr") from None
-    try:
-        opened = xr.open_dataset(path, engine="zarr" if zarr else None, decode_times=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path}: cannot be read ({str(error).split('.')[0]})") from None
-    with opened:
+    with xr.open_dataset(path, engine="zarr" if zarr else None, decode_times=False) as opened:
         names = [str(n) for n in opened.variables]
         arrays = {n: opened.variables[n] for n in names}
         axes = {n: tuple(map(str, opened.variables[n].dims)) for n in names}
@@ -193,7 +169,9 @@ def open_archive(
         raise StoreError(
             f"{path}: frames are read from {', '.join(openers)}; convert it to one of these"
         )
-    with openers[path.suffix](path) as archive:
+    with undamaged(path, "or not what its name says; get it again"), openers[path.suffix](path) as archive:
+        for array in archive.arrays.values() if path.is_file() else ():
+            check_size(path, int(np.prod(array.shape, dtype=object)) * array.dtype.itemsize)
         yield archive
 
 # %% ../../nbs/physics/09_importers.ipynb #44a65bba
@@ -493,6 +471,8 @@ def _copy(
         todo = range(writer.count, n, size)
         for start in progress(todo, desc=f"importing {frames.archive.path.name}"):
             for i, omega in enumerate(frames.read(start, min(start + size, n)), start):
+                if not abs(omega.sum()) < 1e30:
+                    raise FrameError(f"{frames.archive.path}: frame {i + 1} is not finite (NaN or infinite)")
                 writer.append(times[i], omega)
         return PackedStore(writer.finish(progress))
     finally:

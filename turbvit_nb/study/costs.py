@@ -12,13 +12,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
+from typing_extensions import Required, TypedDict
 
 from ..compress.latency import interleaved
 from ..lab.config import LabError
-from ..lab.files import atomic
+from ..lab.files import atomic, read_json
 from ..lab.progress import note
 from ..lab.runs import Run
 from ..model import Kind, evaluating, load_emulator
@@ -110,10 +113,17 @@ def _key(entry: Entry) -> str:
     return f"{entry.run}/{entry.checkpoint}"
 
 
+class _Measured(TypedDict, total=False):
+    "What latency.json holds."
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    models: Required[dict[str, dict[str, Any]]]
+
+
 def read_latency(folder: Path) -> dict:
     "What latency.json of a comparison holds: `conditions`, `machine`, `reference` and `models`."
     path = Path(folder) / "latency.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
+    return read_json(path, _Measured, "remove it, and it is measured again") if path.exists() else {"models": {}}
 
 # %% ../../nbs/study/09_costs.ipynb #f3dc2187
 GROUP = 12  # models that take turns beside the reference: what fits into memory
