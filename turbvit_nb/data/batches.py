@@ -23,7 +23,8 @@ from ..physics.symmetries import Symmetries
 # %% ../../nbs/data/02_batches.ipynb #316e84a9
 def _ahead(dataset: FrameDataset, augment: Symmetries | Callable | None) -> int:
     "Batches to make ahead: of frames that have to be read and transformed, unless who transforms may look at the training."
-    return 2 if dataset.mode != "memory" and (augment is None or isinstance(augment, Symmetries)) else 0
+    reads = isinstance(dataset, FrameDataset) and dataset.mode != "memory"
+    return 2 if reads and (augment is None or isinstance(augment, Symmetries)) else 0
 
 
 class Batches:

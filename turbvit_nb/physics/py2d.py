@@ -52,7 +52,7 @@ class Regime:
     spelling: tuple = field(default=(), repr=False, compare=False)  # (name, text) where `str` prints another text
 
     def __post_init__(self):
-        if odd := [k for k in (*CONDITIONS, "dt") if not np.isfinite(float(getattr(self, k)))]: raise ValueError(f"{odd[0]} must be finite")
+        if odd := [k for k in (*CONDITIONS, "dt") if not np.isfinite(v := float(getattr(self, k))) and (k, v) != ("Re", np.inf)]: raise ValueError(f"{odd[0]} must be finite")
         if PurePath(self.sgs).name != self.sgs or self.sgs in ("", "..") or not self.sgs.isprintable():
             raise ValueError(f"sgs is the name of a folder, not {self.sgs!r}")
         if self.NX > 1 << 16: raise ValueError(f"NX = {self.NX} is more than any grid has")
