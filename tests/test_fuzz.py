@@ -21,10 +21,7 @@ The damage is the same at every run of `make test`. `make soak` has ten thousand
 `TURBVIT_FUZZ_SEED` repeats it.
 """
 import json
-import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +31,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from fuzzing import SEED, Canary, damages, hashes, in_child, judged
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+from fuzzing import SEED, damages, hashes, in_child, judged
 from PIL import Image
 from scipy.io import savemat
-from typer.testing import CliRunner
 
 from turbvit_nb.climate.distances import read_long
 from turbvit_nb.climate.rollouts import open_rollout, open_rollouts
-from turbvit_nb.cli import app
 from turbvit_nb.data.generate import GenerateConfig, generate, is_made
 from turbvit_nb.emulators.files import load_emulator
 from turbvit_nb.flow.images import _arrays, _file
@@ -51,10 +44,10 @@ from turbvit_nb.forecast.reading import read_short
 from turbvit_nb.inference import infer
 from turbvit_nb.inspection import inspect_path
 from turbvit_nb.lab.checkpoints import identify
-from turbvit_nb.lab.config import LabError, load_config
-from turbvit_nb.lab.files import read_arrays, read_checkpoint, result_file
+from turbvit_nb.lab.config import load_config
+from turbvit_nb.lab.files import read_arrays, result_file
 from turbvit_nb.lab.index import read_scorecard, run_rows
-from turbvit_nb.lab.jobs import Job, find_chapter, next_stage, unopened
+from turbvit_nb.lab.jobs import find_chapter, next_stage, unopened
 from turbvit_nb.lab.queue import read_queue
 from turbvit_nb.lab.runs import open_run, read_metrics, stages
 from turbvit_nb.lab.status import status_rows
@@ -273,7 +266,7 @@ READERS = {
     "images npz": Reader("z.npz", _arrays),
     "csv": Reader("a.csv", read_parameters),
     **{kind: Reader(f"{kind}/a.{kind}", lambda path: (read_pictures(path.parent), _file(path, 8, 3))) for kind in ("png", "jpg", "bmp", "tif", "webp")},
-    "rollout": Reader(f"{ROLLOUT}/rollout.json", lambda path: read_all(open_rollout(path.parent))),
+    "rollout": Reader(f"{ROLLOUT}/rollout.json", lambda path: read_all(open_rollout(path.parent)), ("rollout.json", ROLLOUT)),
     "rollouts": Reader(f"{ROLLOUT}/rollout.json", lambda path: [read_all(one) for ones in open_rollouts(path.parents[3]).values() for one in ones], ("is no role", ROLLOUT)),
     "rollout that is inspected": Reader(f"{ROLLOUT}/rollout.json", lambda path: (inspect_path(path.parent), inspect_path(path.parents[3]))),
     "rollout's states": Reader(f"{ROLLOUT}/1.npy", lambda path: read_all(open_rollout(path.parent))),

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from fuzzing import SEED, Canary, hashes, in_child, judged
+from fuzzing import SEED, Canary, damages, hashes, in_child, judged
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
@@ -30,17 +30,16 @@ from turbvit_nb.flow.images import picture
 from turbvit_nb.forecast.reading import read_short
 from turbvit_nb.inspection import inspect_path
 from turbvit_nb.lab.config import LabError, load_config, plain_line, run_folder, runs_dir
-from turbvit_nb.lab.files import read_arrays, read_checkpoint, result_file, write_checkpoint
+from turbvit_nb.lab.files import read_arrays, read_checkpoint, result_file
 from turbvit_nb.lab.index import read_scorecard, run_rows
 from turbvit_nb.lab.jobs import Chapter, Job, unopened
 from turbvit_nb.lab.queue import QueueConfig, arrays, chapter_script, read_queue
-from turbvit_nb.lab.runs import Lock, folder_of, open_run, stages
+from turbvit_nb.lab.runs import folder_of, open_run, stages
 from turbvit_nb.lab.status import status_rows
-from turbvit_nb.lab.sweeping import look
 from turbvit_nb.lab.sweeps import read_sweep
 from turbvit_nb.latent.arrays import read_array
 from turbvit_nb.physics.importers import import_frames
-from turbvit_nb.physics.py2d import PackedStore, Regime, TreeWriter, open_store, read_mat
+from turbvit_nb.physics.py2d import PackedStore, Regime, open_store, read_mat
 from turbvit_nb.study.costs import read_latency
 
 GB = 1 << 30
@@ -270,6 +269,89 @@ def test_a_file_that_asks_for_too_much(tmp_path):
     assert not target.exists()
 
 
+# ---- what went wrong once
+
+def written(path: Path, data: bytes | str) -> Path:
+    "The file with that in it."
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def tarred(path: Path, **more) -> Path:
+    "The checkpoint with something else in it."
+    torch.save(read_checkpoint(path) | more, path)
+    return path
+
+
+def framed(place: Path, name: str, data: bytes) -> Path:
+    "A frame of a tree under that name."
+    return written(place / "v5/Re100_fkx0fky4_r0.1_b0/NoSGS/NX16/dt0.01_IC1/data" / name, data)
+
+
+def with_attribute(file_path: Path, **more) -> Path:
+    "An HDF5 file that says something else."
+    with h5py.File(file_path, "a") as file:
+        file.attrs.update(more)
+    return file_path
+
+
+run_of = lambda place, **entry: written(place / RUN / "status.json", json.dumps({"stages": {"train": entry}}))
+imported = lambda path: import_frames(path, path.with_name("out.h5"), FLOW, axes="txy", t_save=0.1)
+AT = "2026-01-01T00:00:00+00:00"
+FAULTS = {  # what it is: how it is made, what reads it
+    "TOML of a thousand brackets": (lambda p: written(p / "t.toml", "a = " + "[" * 5000), load_config),
+    "TOML with a number of 5000 digits": (lambda p: written(p / "t.toml", "seed = " + "9" * 5000), load_config),
+    "a date where a number belongs": (lambda p: written(p / "t.toml", "seed = 2026-01-01"), load_config),
+    "TOML in another encoding": (lambda p: written(p / "t.toml", b"# \xff"), load_config),
+    "a folder called x.toml": (lambda p: ((p / "t.toml").mkdir(), p / "t.toml")[1], read_queue),
+    "a home of nobody": (lambda p: Path("~nobody_of_that_name/x"), load_config),
+    "status in another encoding": (lambda p: written(p / RUN / "status.json", b'{"stages": {"\xff": 1}}'), lambda path: stages(path.parent)),
+    "a stage without a beginning": (lambda p: run_of(p, state="done"), lambda path: listed(path.parent)),
+    "a stage without a state": (lambda p: run_of(p, started=AT), lambda path: listed(path.parent)),
+    "a time that is none": (lambda p: run_of(p, state="done", started="noon", changed="noon"), lambda path: listed(path.parent)),
+    "a time without its zone": (lambda p: run_of(p, state="done", started=AT, changed="2026-01-01T00:00:00"), lambda path: listed(path.parent)),
+    "a figure of 400 digits": (lambda p: run_of(p, state="done", started=AT, summary={"n": 10**400}), lambda path: listed(path.parent)),
+    "a log in another encoding": (lambda p: written(p / RUN / "metrics.jsonl", b"\xff\n"), lambda path: listed(path.parent)),
+    "a log of lists": (lambda p: written(p / RUN / "metrics.jsonl", "[1]\n"), lambda path: listed(path.parent)),
+    "generate.json cut short": (lambda p: written(p / "data/flow/generate.json", "{"), lambda path: CliRunner().invoke(app, ["generate", "g.toml"]).exit_code),
+    "an unfinished notebook cut short": (lambda p: written(p / RUN / ".03_prune.unfinished.ipynb", "{"), lambda path: unopened(path.parent)),
+    "a notebook without cells": (lambda p: written(p / "20_own.ipynb", "{}"), lambda path: Chapter(path).parameters),
+    "parameters that are no Python": (lambda p: written(p / "20_own.ipynb", json.dumps({"cells": [{"metadata": {"tags": ["parameters"]}, "source": "config ="}]})), lambda path: Chapter(path).parameters),
+    "a rollout's record cut short": (lambda p: written(p / ROLLOUT / "rollout.json", "{"), lambda path: inspect_path(path.parents[3])),
+    "a chunk of no number": (lambda p: (shutil.copy(p / ROLLOUT / "1.npy", p / ROLLOUT / "1 copy.npy"), p / ROLLOUT)[1], lambda path: open_rollout(path).read()),
+    "chunks of two sizes": (lambda p: (np.save(p / ROLLOUT / "4.npy", np.zeros((3, 2, 8, 8), "f4")), p / ROLLOUT / "4.npy")[1], lambda path: open_rollout(path.parent).read()),
+    "a chunk whose header does not end": (lambda p: written(p / ROLLOUT / "1.npy", b"\x93NUMPY\1\0\x10\0{'descr': ('<f4\n"), lambda path: open_rollout(path.parent)),
+    "a zip whose directory lies before the file": (lambda p: written(p / "a.npz", (p / "a.npz").read_bytes()[200:]), inspect_path),
+    "an .npz with a wrong byte": (lambda p: written(p / "z.npz", (p / "z.npz").read_bytes().replace(b"omega.npy", b"omega\xffnpy", 1)), lambda path: read_array(path, "omega")),
+    "NetCDF 3 without its end": (lambda p: written(p / "b.nc", (p / "b.nc").read_bytes()[:7]), inspect_path),
+    "HDF5 with a wrong group": (lambda p: written(p / "a.h5", (p / "a.h5").read_bytes().replace(b"SNOD", b"SNOE")), inspect_path),
+    "an attribute that is no number": (lambda p: with_attribute(p / "a.h5", Re=np.inf), imported),
+    "a frame of 1e200": (lambda p: (np.save(p / "a.npy", np.full((4, 16, 16), 1e200)), p / "a.npy")[1], imported),
+    "a pack of another size": (lambda p: with_attribute(p / PACK, NX=32, path="Re100_fkx0fky4_r0.1_b20.0/NoSGS/NX32/dt0.1_IC1"), PackedStore),
+    "a pack of a flow that is none": (lambda p: with_attribute(p / PACK, path="Re0_fkx0fky4_r0.1_b20.0/NoSGS/NX16/dt0.1_IC1"), PackedStore),
+    "a frame of a number beyond all": (lambda p: framed(p, "99999999999999999999.mat", b"").parent, lambda path: open_store(path).frames),
+    "a folder of a grid beyond all": (lambda p: (shutil.copytree(p / "v5/Re100_fkx0fky4_r0.1_b0/NoSGS/NX16", p / "v5/Re100_fkx0fky4_r0.1_b0/NoSGS/NX16000000"), p / "v5/Re100_fkx0fky4_r0.1_b0/NoSGS/NX16000000/dt0.01_IC1")[1], inspect_path),
+    "a Reynolds number beyond all": (lambda p: written(p / "v5/Re100_fkx0fky4_r0.1_b0/NoSGS/NX16/dt0.01_IC1/parameters.txt", "Reynolds Number (Re): 1e999"), lambda path: open_store(path.parent)),
+    "a time of many numbers": (lambda p: (savemat(p / "t.mat", {"Omega": np.zeros((16, 16)), "time": np.arange(3.0)}), framed(p, "1.mat", (p / "t.mat").read_bytes()))[1], lambda path: open_store(path.parent).times),
+    "a checkpoint of a list": (lambda p: (torch.save([1], p / "x.tar"), p / "x.tar")[1], lambda path: (read_checkpoint(path), inspect_path(path))),
+    "a pickle cut short": (lambda p: written(p / "older.tar", (p / "older.tar").read_bytes()[:30]), read_checkpoint),
+    "an identity that is no table": (lambda p: tarred(p / RUN / "checkpoints/best.tar", identity=3), lambda path: (listed(path.parents[1]), inspect_path(path))),
+    "a stage of pruning that is a word": (lambda p: tarred(p / RUN / "checkpoints/best.tar", identity={"role": "pruned", "stage": "x"}), lambda path: (listed(path.parents[1]), inspect_path(path))),
+    "a builder of no kind": (lambda p: tarred(p / RUN / "checkpoints/best.tar", builder={"kind": [1]}), load_emulator),
+    "a model without its size": (lambda p: tarred(p / RUN / "checkpoints/best.tar", model={"model_type": "ViT"}), load_emulator),
+    "a scorecard of words": (lambda p: written(p / RUN / "comparison.json", '{"rows": [{"label": "a", "horizon": "far"}]}'), lambda path: read_scorecard(path.parent)),
+    "a scorecard without an interval": (lambda p: written(p / RUN / "comparison.json", '{"rows": [{"label": "a", "horizon": 3.0}]}'), lambda path: read_scorecard(path.parent)),
+    "an analysis by nobody": (lambda p: (shutil.copy(p / RUN / "short_analyses/best.nc", p / RUN / "short_analyses/x.nc"), with_attribute(p / RUN / "short_analyses/x.nc", checkpoint_stage="x"))[1], lambda path: read_short(path.parents[1])),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_went_wrong_once(fault, place):
+    make, read = FAULTS[fault]
+    path = make(place)
+    assert judged(lambda: read(path), path.name, "seed = ") == ""
+
+
 # ---- names
 
 @pytest.mark.parametrize("key", ["output_dir", "run", "checkpoint_dir"])
@@ -428,8 +510,6 @@ def told(words: list[str], folder: Path) -> str:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_on_a_damaged_file_fails_in_one_line_and_harms_nothing(name, dose, place, monkeypatch):
-    from fuzzing import damages
-
     def planned(job):
         raise LabError("this job would begin")
 

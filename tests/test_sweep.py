@@ -188,7 +188,7 @@ def test_damaged_record_hides_no_other_sweep(place):
     sweep = read_sweep(study(place, "torn"))
     Sweeping(sweep, 1, choose(sweep), sleeper).lock.release()
     (sweep.folder / "sweep.json").write_text('{"runs": ')
-    with pytest.raises(LabError, match="sweep.json is damaged; delete it"):
+    with pytest.raises(LabError, match="sweep.json is damaged.*: delete it"):
         look(sweep)
     assert re.search(r"torn \(sweep\): damaged", turbvit("status").output)
     (sweep.folder / "sweep.json").unlink()

@@ -20,7 +20,7 @@ from typing_extensions import Required, TypedDict
 
 from .checkpoints import Identity, identify, parse_name
 from .config import LabError, read_toml, runs_dir
-from .files import read_json
+from .files import read_json, undamaged
 from .plots import Table, interval_text
 from .runs import find_runs, read_metrics, stages
 
@@ -348,7 +348,7 @@ class _Comparison(TypedDict, total=False):
     "What comparison.json holds, as far as its scorecard goes."
 
     scorecard: list[dict[str, Any]]
-    rows: Required[list[_Judged]]
+    rows: list[_Judged]
 
 
 def read_scorecard(
@@ -357,4 +357,5 @@ def read_scorecard(
     "The scorecard of a run's comparison; none where it has made none."
     file = Path(folder) / "comparison.json"
     again = "delete it and run 07_compare again"
-    return scorecard_rows(read_json(file, _Comparison, again)) if file.exists() else []
+    with undamaged(file, again):
+        return scorecard_rows(read_json(file, _Comparison, again)) if file.exists() else []

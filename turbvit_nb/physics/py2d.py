@@ -306,8 +306,7 @@ def check(
 def drop_bad(
     self: Store,
     numbers: Iterable[int] | None = None,
-    progress: Callable = lambda items,
-    **kw: items,
+    progress: Callable = lambda items, **kw: items,
 ) -> dict[int, FrameError]:
     "Leave out the frames that `check` finds bad."
     bad = self.check(None if numbers is None else np.intersect1d(self.frames, list(numbers)).tolist(), progress)
@@ -503,7 +502,9 @@ def open_hdf5(path: str | os.PathLike, remedy: str = "pack it again") -> Iterato
     "An HDF5 file to be read; what is wrong with it, then or later, is said in one line."
     with undamaged(path, remedy):
         if not h5py.is_hdf5(path): raise StoreError(f"{path}: not a whole HDF5 file; {remedy}")
-        with h5py.File(path, "r") as file: yield file
+        with h5py.File(path, "r") as file:
+            try: yield file
+            except StoreError as error: raise error if str(path) in str(error) else StoreError(f"{path}: {error}") from None
 
 def _stored_regime(attrs) -> Regime:
     "The regime in the attributes of a packed file, with the spelling of its path."
@@ -588,9 +589,7 @@ class PackedWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.part.exists(): _lay_out(self.part, regime, n_frames, self.dtype)
-        except OSError as error: raise StoreError(
-            f"{self.path}: cannot be written ({error.strerror}); name another target"
-        ) from None
+        except OSError as error: raise StoreError(f"{self.path}: cannot be written ({error.strerror}); name another target") from None
         with open_hdf5(self.part, "remove it to begin again") as file:
             omega, stored = file["omega"], _stored_regime(file.attrs)
             if (stored, len(omega), omega.dtype) != (regime, n_frames, self.dtype):
