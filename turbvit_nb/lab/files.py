@@ -19,6 +19,7 @@ import resource
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -424,7 +425,8 @@ def read_checkpoint(
         if zipped := is_zipfile(path):
             check_unpacked(path)
         try:
-            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipped)
+            with warnings.catch_warnings(action="ignore"):  # of an odd kind of pickle: it is read, or the line says why not
+                state = torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipped)
         except pickle.UnpicklingError as error:
             what = "no checkpoint of tensors and plain values only"
             raise LabError(f"{path} is {what}; it is not opened, because it could run code") from error

@@ -46,8 +46,8 @@ def read_stages(folder: Path) -> tuple[dict[str, dict], str]:
     "The stages of a run, and why they cannot be read, empty where they can."
     try:
         return stages(folder), ""
-    except (LabError, ValueError) as error:  # of a file that was cut off or edited by hand
-        return {}, f"status.json cannot be read ({str(error).splitlines()[0]})"
+    except LabError as error:  # of a file that was cut off or edited by hand
+        return {}, f"status.json cannot be read ({str(error).removeprefix(f'{folder}/status.json ')})"
 
 
 def run_state(entries: Mapping[str, dict]) -> str:
