@@ -449,6 +449,7 @@ def test_job_killed_in_its_lesson_is_begun_again(place, straight, monkeypatch):
     run = shutil.copytree(straight, place / "runs" / "essays")
     job = start("run", place / "10_essay.ipynb", run, "-s", "device=cpu", cwd=place)
     wait_for(lambda: list(run.glob(".10_essay.unfinished.ipynb")) and jobs.at_work(run))
+    time.sleep(1)  # papermill is not in the middle of writing it
     assert "starting" in turbvit("status", run).output
     one_line(turbvit("run", place / "10_essay.ipynb", run), "is being written by process")
     job.kill()

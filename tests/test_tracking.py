@@ -15,7 +15,7 @@ from same_bits import equal
 from test_training import JOB, plain
 from turbvit_nb.cli import app
 from turbvit_nb.lab.config import Config, LabError, load_config
-from turbvit_nb.lab.runs import _left_something, open_run, read_metrics
+from turbvit_nb.lab.runs import left_by, open_run, read_metrics
 
 # every second step is logged, and a state is saved at the end of an epoch only: a kill leaves lines that the next process forgets
 LOGGING = JOB.replace("minutes = 0.0", "minutes = 99.0; next(c for c in learner.callbacks if type(c).__name__ == 'Log').every = 2")
@@ -164,7 +164,7 @@ def test_event_files_are_no_progress(place):
     pytest.importorskip("tensorboard")
     run = open_run(said(place, "idle", "tensorboard"), "train")
     run.log(fit="train", step=1, loss=1.0)
-    assert list(run.path.glob("tensorboard/train/events*")) and not _left_something(run.path, run.opened)
+    assert list(run.path.glob("tensorboard/train/events*")) and not any(left_by(run.path, run.opened))
 
 
 def test_a_busy_database_stops_no_training(place, monkeypatch):

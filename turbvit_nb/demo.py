@@ -6,6 +6,7 @@
 __all__ = ['console', 'demo_data', 'demo_step', 'demo_run', 'title_of', 'demo_movie', 'demo_rows', 'demo_table']
 
 # %% ../nbs/demo.ipynb #a5d90003
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 # %% ../nbs/demo.ipynb #a5d90005
-console = Console()
+console = Console(highlight=False, force_jupyter=False, width=None if sys.stdout.isatty() else 160)
 
 # %% ../nbs/demo.ipynb #ffc2e2e1
 def demo_data(config: Path) -> bool:
