@@ -61,19 +61,6 @@ def browser():
 
 
 @pytest.fixture
-def home(data, tmp_path, monkeypatch) -> Path:
-    "Folders of runs and data of the test's own, the data from the `data` of its module; no run is left open."
-    from turbvit_nb.lab import runs
-
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("TURBVIT_DATA", str(data))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
-
-
-@pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     "A folder with runs of the test's own and no data; no run is left open."
     from turbvit_nb.lab import runs
@@ -83,3 +70,10 @@ def place(tmp_path, monkeypatch) -> Path:
     yield tmp_path
     for run in list(runs._open.values()):
         run.close()
+
+
+@pytest.fixture
+def home(data, place, monkeypatch) -> Path:
+    "The same with data, the `data` of its module."
+    monkeypatch.setenv("TURBVIT_DATA", str(data))
+    return place

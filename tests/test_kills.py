@@ -58,9 +58,10 @@ class World:
 
     def before(self, name: str) -> Path:
         "A folder of runs that have been through what comes before a stage."
-        stage = STAGES[name]
-        last = stage.before[-1] if stage.before else None
-        return self.folder / "none" if last is None else self.reference(last).before.parent / f"{last}_done"
+        if not STAGES[name].before:
+            return self.folder / "none"
+        self.reference(last := STAGES[name].before[-1])
+        return self.folder / f"{last}_done"
 
     def reference(self, name: str) -> Reference:
         "The undisturbed stage."
@@ -69,7 +70,7 @@ class World:
             shutil.copytree(before, done) if before.exists() else done.mkdir()
             how = self.server.life(name, done, self.data, count=True)
             assert how["code"] == 0, how
-            self.references[name] = Reference(done.parent / before.name, contents(done), how["seconds"], how["calls"])
+            self.references[name] = Reference(before, contents(done), how["seconds"], how["calls"])
         return self.references[name]
 
     def begin(self, name: str, folder: Path) -> Path:

@@ -43,13 +43,9 @@ def sections(monkeypatch):
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(place):
     "A folder of runs of its own, and no run left open."
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
+    return place
 
 
 def python(code: str, *arguments: str, **kwargs) -> subprocess.Popen:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from same_bits import equal
-from turbvit_nb.lab import runs
 from turbvit_nb.lab.checkpoints import identify, results_in
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.files import read_checkpoint, write_checkpoint
@@ -79,12 +78,8 @@ def plain(folder: Path) -> dict:
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TURBVIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for run in list(runs._open.values()):
-        run.close()
+def home(place):
+    return place
 
 
 @pytest.fixture(scope="module")

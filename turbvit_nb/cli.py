@@ -658,9 +658,9 @@ def demo(
         clear_demo(configs)
     folder = run_folder(load_config(configs / "vit.toml").top.output_dir)
     begin = time.monotonic()
-    demo_step("data: the built-in solver", lambda: demo_data(configs / "vit.toml"))
-    demo_run(configs, _cores())
-    demo_step("a moving picture", lambda: demo_movie(folder))
+    demo_step(console, "data: the built-in solver", lambda: demo_data(configs / "vit.toml"))
+    demo_run(console, configs, _cores())
+    demo_step(console, "a moving picture", lambda: demo_movie(folder))
     console.print(demo_table(configs))
     console.print(f"\n{time.monotonic() - begin:.0f} s in all. To look at:")
     for path in [folder / "demo.gif", *sorted(folder.glob("*.html"))]:

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from .lab.config import LabError
-from .lab.files import atomic
+from .lab.files import write_json
 from .lab.results import write_netcdf
 from .lab.runs import Run
 from .study.coders import Coding, coder_findings, coder_table, codings
@@ -127,7 +127,6 @@ def compare(
     said = coder_findings(coders) + step_findings(arms_of(entries)) + (study_findings(study) if study else [])
     said += verdict(featured(study) if study else entries, missing)
     told = comparison_json(entries, missing, said, settings.leads, study, settings.batch_size, coders)
-    with atomic(run.path / "comparison.json") as part:
-        part.write_text(json.dumps(told, indent=1, ensure_ascii=False))
+    write_json(run.path / "comparison.json", told, ensure_ascii=False)
     write_netcdf(comparison_dataset(entries, settings.leads), run.path / "comparison.nc", single=lambda variable: False)
     return entries, missing, said

@@ -7,7 +7,6 @@ __all__ = ['DeployConfig', 'sources', 'frames_of', 'step_error', 'twin', 'diverg
            'conditions', 'deploy_run']
 
 # %% ../nbs/10_deploy.ipynb #8b0e6a2e
-import json
 import math
 import platform
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from .compress.programs import PRECISIONS
 from .datasets import check_fit, ensure_data, open_dataset, scored_section
 from .lab.checkpoints import Identity, check_owner, identify, results_in, save
 from .lab.config import Config, LabError, Section, hint
-from .lab.files import atomic
+from .lab.files import write_json
 from .lab.progress import note, progress
 from .lab.runs import Run
 from .model import Emulator, Kind, check_start, emulator_state, evaluating
@@ -294,7 +293,6 @@ def deploy_run(
         if row.get("name") in taken:
             row |= timing(taken[row["name"]], taken[rows[0]["name"]])
     table = _plain({"conditions": conditions(settings), "rows": rows})
-    with atomic(run.path / "deployed.json") as part:
-        part.write_text(json.dumps(table, indent=1) + "\n")
+    write_json(run.path / "deployed.json", table)
     run.wrote()
     return table

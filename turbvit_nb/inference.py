@@ -135,8 +135,8 @@ class RolloutJob:
 def save(self: RolloutJob, state: str) -> None:
     "Write the chunks, what the rollouts are, and the state to go on from."
     for writer, ended in zip(self.writers, self.ended):
-        writer.flush()
-        writer.describe(*("blown up", int(ended) - 1) if ended else (state, self.step))
+        if writer.flush() or not ended:
+            writer.describe(*("blown up", int(ended) - 1) if ended else (state, self.step))
     if self.step % self.emulator.out_frames:
         return
     kept = {f"state_{name}": value.cpu().numpy() for name, value in self.state.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUTINE', 'WORK', 'Results', 'save_results', 'read_results', 'planted', 'ends_text', 'times_text', 'verdict_of',
-           'first_of', 'solver_lines', 'loader_lines', 'share_lines', 'peer_lines', 'reached', 'why_short',
+           'races_of', 'first_of', 'solver_lines', 'loader_lines', 'share_lines', 'peer_lines', 'reached', 'why_short',
            'skill_lines', 'findings', 'frontier', 'precision_figure', 'ratio_rows', 'share_rows', 'ratio_figure',
            'share_figure', 'growth_rows', 'growth_figure', 'skill_figure', 'summary']
 
@@ -19,7 +19,7 @@ import holoviews as hv
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from ..lab.files import atomic
+from ..lab.files import write_json
 from ..lab.plots import Table, curves, forest
 from .keys import SUBJECTS
 from .solver import Point
@@ -46,8 +46,7 @@ def save_results(path: Path, found: Results) -> None:
     plain |= {"points": [asdict(point) | {"error": str(point.error)} for point in found.points]}
     plain |= {"seconds": {name: values.tolist() for name, values in found.seconds.items()}}
     plain |= {"reference": str(found.reference)}
-    with atomic(path) as part:
-        part.write_text(json.dumps(plain, indent=1, ensure_ascii=False))
+    write_json(path, plain, ensure_ascii=False)
 
 
 def read_results(path: Path) -> Results:
@@ -116,9 +115,14 @@ def verdict_of(ends: tuple[float, float, float]) -> str:
     return "ahead" if ends[1] > 1 else "behind" if ends[2] < 1 else "no difference shown"
 
 
+def races_of(found: Results, subject: str) -> list[Race]:
+    "The races of a subject, the smallest size first."
+    return sorted((race for race in found.races if race.subject == subject), key=lambda race: race.size)
+
+
 def first_of(found: Results, subject: str) -> Race | None:
     "The race of a subject at the smallest size."
-    return min((race for race in found.races if race.subject == subject), key=lambda race: race.size, default=None)
+    return next(iter(races_of(found, subject)), None)
 
 # %% ../../nbs/benchmark/08_report.ipynb #2be98fff
 def solver_lines(found: Results) -> list[str]:
@@ -277,7 +281,7 @@ def growth_rows(found: Results) -> list[dict]:
     "The exponent of every subject's cost in the work that theory expects, ours and the peers'."
     rows = []
     for subject in SUBJECTS:
-        races = sorted((r for r in found.races if r.subject == subject), key=lambda race: race.size)
+        races = races_of(found, subject)
         if len(races) < 2:
             continue
         for place, name in enumerate((races[0].ours, *races[0].peers)):
@@ -291,7 +295,7 @@ def growth_figure(found: Results) -> hv.Overlay:
     "Milliseconds of a unit of ours against points per side."
     lines = {}
     for subject in SUBJECTS:
-        races = sorted((r for r in found.races if r.subject == subject), key=lambda race: race.size)
+        races = races_of(found, subject)
         if races:
             lines[f"{subject}, {races[0].unit}"] = [r.size for r in races], [1e3 * r.seconds()[0] for r in races]
     sizes = sorted({race.size for race in found.races})

@@ -306,10 +306,10 @@ def _sides(c: BenchmarkConfig, points: int, omega: np.ndarray, host: Here | Ther
 # %% ../../nbs/benchmark/03_solver.ipynb #135bb848
 def precision(c: BenchmarkConfig, omega: torch.Tensor, truth: torch.Tensor, host: Here | There, there: Mapping[str, str]) -> list[Point]:
     "How exact every side is on all grids, with more and more steps."
-    found, many = [], c.horizon
+    found = []
     for points in progress(c.grids, desc="errors of the solvers"):
         for (side, method, wide), (owner, number) in _sides(c, points, omega.numpy(), host, there).items():
-            after = lambda steps: owner.call(number, "after", time=many, steps=math.ceil(steps * many))
+            after = lambda steps: owner.call(number, "after", time=c.horizon, steps=math.ceil(steps * c.horizon))
             found += [Point(side, method, wide, *rung) for rung in climb(after, truth, min(c.errors) / 3)]
         host.drop()
     return found

@@ -7,7 +7,6 @@ __all__ = ['Limits', 'energy_and_peak', 'blown_up', 'limits_of', 'RolloutWriter'
            'Rollout', 'open_rollout', 'open_rollouts']
 
 # %% ../../nbs/climate/00_rollouts.ipynb #1aca0600
-import json
 import mmap
 import zlib
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing_extensions import Required, TypedDict
 from ..datasets import FrameDataset, to_velocity
 from ..lab.checkpoints import Identity, identity_of, order
 from ..lab.config import LabError
-from ..lab.files import atomic, earlier, read_json, result_file, undamaged
+from ..lab.files import atomic, earlier, read_json, result_file, undamaged, write_json
 from ..physics.py2d import Regime, open_store
 from ..physics.spectral import Grid
 
@@ -102,19 +101,18 @@ class RolloutWriter:
             self.first = step
         self.pending.append(np.array(uv, np.float32))
 
-    def flush(self) -> None:
+    def flush(self) -> bool:  # whether there was any
         "Write what is pending as one chunk. A full disk raises `LabError`."
-        if self.pending:
+        pending = bool(self.pending)
+        if pending:
             with atomic(self.folder / f"{self.first}.npy") as path:
                 self.sums[str(self.first)] = _save_array(path, np.stack(self.pending))
             self.pending = []
+        return pending
 
     def describe(self, state: str, last: int, **more) -> None:
         "Write rollout.json: `state` is running, done or blown up, `last` the last valid step."
-        with atomic(self.folder / "rollout.json") as path:
-            path.write_text(
-                json.dumps(self.header | {"state": state, "last": last, "crc32": self.sums} | more, indent=1)
-            )
+        write_json(self.folder / "rollout.json", self.header | {"state": state, "last": last, "crc32": self.sums} | more)
 
 # %% ../../nbs/climate/00_rollouts.ipynb #14c50efc
 class Start(TypedDict, total=False):

@@ -7,7 +7,6 @@ __all__ = ['KEEP', 'GenerateConfig', 'description', 'what_it_makes', 'size_in_by
            'announcement', 'generate']
 
 # %% ../../nbs/data/00_generate.ipynb #807450c8
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
-from ..lab.files import alone_in, atomic, read_checkpoint, read_json, write_checkpoint
+from ..lab.files import alone_in, read_checkpoint, read_json, write_checkpoint, write_json
 from ..lab.progress import clock, note, progress
 from ..lab.ranks import resolve_device
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
@@ -219,11 +218,9 @@ def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
     with alone_in(root, f"another process is making the data in {root}; waiting for it"):
         if not _made(root, cfg):
             note(announcement(cfg, root))
-            with atomic(root / "generate.part.json") as part:
-                part.write_text(json.dumps(description(cfg), indent=1))
+            write_json(root / "generate.part.json", description(cfg))
             _simulate(cfg, root)
-            with atomic(root / "generate.json") as whole:
-                whole.write_text(json.dumps(description(cfg), indent=1))
+            write_json(root / "generate.json", description(cfg))
             for name in ("generate.part.json", "generate.state"):
                 (root / name).unlink(missing_ok=True)
     return root

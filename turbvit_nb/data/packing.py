@@ -34,6 +34,11 @@ from turbvit_nb.physics.py2d import (
 READERS = 8  # threads
 BLOCK = 1 << 20  # bytes of frames that one of them reads at a time
 
+def _blocks(numbers: np.ndarray, NX: int) -> Iterator[np.ndarray]:
+    "Frame numbers, a block at a time."
+    step = max(1, BLOCK // (8 * NX**2))
+    return (numbers[i:i + step] for i in range(0, len(numbers), step))
+
 def read_ahead(
     store: Store,
     numbers: np.ndarray,  # frame numbers
@@ -44,11 +49,9 @@ def read_ahead(
     def take(block: np.ndarray) -> list:
         return [_or_error(store, number, dtype) for number in block.tolist()]
 
-    step, window = max(1, BLOCK // (8 * store.regime.NX**2)), deque()
-    pool = ThreadPoolExecutor(readers)
+    window, pool = deque(), ThreadPoolExecutor(readers)
     try:
-        for start in range(0, len(numbers), step):
-            block = numbers[start:start + step]
+        for block in _blocks(numbers, store.regime.NX):
             window.append((block, pool.submit(take, block)))
             if len(window) > readers + 1:
                 block, read = window.popleft()
@@ -105,7 +108,7 @@ def _copy(store: Store, writer: PackedWriter, times: np.ndarray, skip_bad: bool,
     with Meter(len(store), f"packing {store.regime.path()}", "frame", done=done) as meter:
         for numbers, frames in read_ahead(store, store.frames[done:], "float64", readers):
             good = [i for i, frame in enumerate(frames) if not isinstance(frame, FrameError)]
-            bad = next((i for i in range(len(frames)) if i not in good), None)
+            bad = next((i for i, frame in enumerate(frames) if isinstance(frame, FrameError)), None)
             if bad is not None and not skip_bad:
                 good = list(range(bad))
             if good:
@@ -167,15 +170,10 @@ def _already_packed(store: Store, target: Path, dtype: str, skip_bad: bool) -> P
     return packed
 
 # %% ../../nbs/data/04_packing.ipynb #5f35d58c
-def _blocks(packed: PackedStore) -> Iterator[np.ndarray]:
-    "Frame numbers, a block at a time."
-    step = max(1, BLOCK // (8 * packed.regime.NX**2))
-    return (packed.frames[i:i + step] for i in range(0, len(packed), step))
-
 def against_itself(packed: PackedStore) -> Iterator[FrameError]:
     "The frames whose bytes do not match their checksums."
     with Meter(len(packed), f"checking {packed.path.name}", "frame") as meter:
-        for numbers in _blocks(packed):
+        for numbers in _blocks(packed.frames, packed.regime.NX):
             sums = packed.checksums[packed.rows(numbers)]
             for number, frame, checksum in zip(numbers.tolist(), packed.read(numbers, packed.dtype), sums, strict=True):
                 if zlib.crc32(frame) != checksum:

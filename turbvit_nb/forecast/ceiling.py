@@ -6,7 +6,6 @@
 __all__ = ['Solve', 'TAU', 'integrable', 'by_flow', 'twin_states', 'flow_exponent']
 
 # %% ../../nbs/forecast/04_ceiling.ipynb #e90091e5
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from typing_extensions import TypedDict
 from .keys import ForecastConfig, analysis_settings
 from .starts import Starts
 from ..lab.config import LabError
-from ..lab.files import atomic, earlier, read_json
+from ..lab.files import earlier, read_json, write_json
 from ..lab.progress import Meter
 from ..lab.runs import Run
 from turbvit_nb.physics.predictability import (
@@ -114,6 +113,5 @@ def flow_exponent(run: Run, starts: Starts) -> dict[str, float]:
     known = earlier(target, lambda path: read_json(path, _Kept, "it is measured again"))
     if not known or known["made_from"] != asked:
         known = {"made_from": asked} | _measured(starts, settings)
-        with atomic(target) as part:
-            part.write_text(json.dumps(known, indent=1))
+        write_json(target, known)
     return {name: known[name] for name in _EXPONENT}

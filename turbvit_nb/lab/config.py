@@ -502,6 +502,7 @@ def load_config(
 
 # %% ../../nbs/lab/00_config.ipynb #fb17422f
 @cache
+@cache
 def code_version() -> str:  # "turbvit_nb 0.1.0, commit 1a2b3c4 with changes"
     "The version of the package and, in a checkout, the commit."
     ours = f"{_PACKAGE.name} {turbvit_nb.__version__}"

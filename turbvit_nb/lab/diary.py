@@ -24,7 +24,7 @@ from .files import Lock, on_disk
 from .index import in_words, read_stages, run_facts, run_rows, score_columns, spent
 from .jobs import at_work
 from .plots import Table
-from .runs import find_runs, read_metrics, stages
+from .runs import find_runs, read_metrics, run_id, stages
 
 # %% ../../nbs/lab/23_diary.ipynb #316dc554
 def plain(text: str) -> str:
@@ -76,7 +76,7 @@ def id_of(folder: Path) -> str:
     "The id of a run, or what stands in for it in one that is older than ids: its name. Raises `LabError`."
     if not stages(folder):  # which says so where the file is damaged
         raise LabError(f"{folder} holds no run that has begun; turbvit status shows those that have")
-    return json.loads((folder / "status.json").read_text()).get("id") or re.sub(r"\W", "_", _name(folder))
+    return run_id(folder) or re.sub(r"\W", "_", _name(folder))
 
 # %% ../../nbs/lab/23_diary.ipynb #3e886933
 _NO_MATTER = {"output_dir", "run", "why", "expect", "wandb_id", "device", "threads", "checkpoint_dir"}

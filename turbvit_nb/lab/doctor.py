@@ -7,6 +7,7 @@ __all__ = ['GRAVE', 'HALF', 'NOTE', 'READERS', 'Finding', 'unreadable', 'Describ
 
 # %% ../../nbs/lab/24_doctor.ipynb #1951cd62
 import json
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from .files import LEDGER, file_hash, read_checkpoint, read_json, read_ledger, r
 from .jobs import at_work, unopened
 from .progress import progress
 from .results import read_netcdf
-from .runs import left_by, read_metrics, stages
+from .runs import left_by, owner_of, read_metrics, run_id, stages
 
 # %% ../../nbs/lab/24_doctor.ipynb #54bd3be6
 GRAVE, HALF, NOTE = "damaged", "unfinished", "to know"
@@ -68,7 +69,7 @@ def unreadable(path: Path) -> str | None:
 # %% ../../nbs/lab/24_doctor.ipynb #6cc0167e
 def _again(folder: Path, stage: str | None) -> str:
     "How to have something made again."
-    return "run the stage again that made it" if stage is None else f"turbvit resume {folder} {stage}"
+    return "run the stage again that made it" if stage is None else f"turbvit resume {shlex.quote(str(folder))} {stage}"
 
 
 def _files(folder: Path, meter: Callable = progress) -> Iterator[Finding]:
@@ -163,14 +164,11 @@ def _records(folder: Path) -> Iterator[Finding]:
 
 def _strangers(folder: Path) -> Iterator[Finding]:
     "Checkpoints of other runs."
-    own = json.loads((folder / "status.json").read_text()).get("id")
+    own = run_id(folder)
     for path in sorted((folder / "checkpoints").glob("*.tar")):
-        try:
-            said = read_checkpoint(path, mmap=True)
-        except LabError:
-            continue
-        if "run_id" in said and own and said["run_id"] != own:
-            yield Finding(GRAVE, f"checkpoints/{path.name}", f"it was written by the run {said['run_name']}", "move it out of this folder")
+        owner = owner_of(path)
+        if owner is not None and own is not None and owner[0] != own:
+            yield Finding(GRAVE, f"checkpoints/{path.name}", f"it was written by the run {owner[1]}", "move it out of this folder")
 
 # %% ../../nbs/lab/24_doctor.ipynb #6fbd26c5
 def _stages(folder: Path) -> Iterator[Finding]:
@@ -185,10 +183,10 @@ def _stages(folder: Path) -> Iterator[Finding]:
         elif "stale" in entry:
             yield Finding(HALF, name, f"{entry['stale']} has been made again since", _again(folder, name))
     for name in [] if at_work(folder) else unopened(folder):
-        yield Finding(HALF, name, "its job was killed before it opened the run", f"turbvit run {name} {folder}")
-    codes = {name: code for name, entry in entries.items() for code in entry.get("codes", [entry.get("code", "unknown code")])}
-    if others := sorted({code for code in codes.values()} - {code_version()}):
-        yield Finding(NOTE, ", ".join(name for name, code in codes.items() if code in others), f"made by {' and '.join(others)}, this is {code_version()}")
+        yield Finding(HALF, name, "its job was killed before it opened the run", f"turbvit run {name} {shlex.quote(str(folder))}")
+    codes = {name: {*entry.get("codes", [entry.get("code", "unknown code")])} - {code_version()} for name, entry in entries.items()}
+    if others := sorted(set().union(*codes.values())):
+        yield Finding(NOTE, ", ".join(name for name in codes if codes[name]), f"made by {' and '.join(others)}, this is {code_version()}")
 
 
 def _data(folder: Path) -> Iterator[Finding]:

@@ -9,7 +9,6 @@ __all__ = ['LOCK', 'COLOURS', 'Cell', 'look', 'expected', 'schedule', 'Count', '
 
 # %% ../../nbs/lab/19_sweeping.ipynb #1d788427
 import fnmatch
-import json
 import os
 import signal
 import socket
@@ -31,7 +30,7 @@ from rich.markup import escape
 from typing_extensions import TypedDict
 
 from .config import Config, LabError, load_config, registry, run_folder
-from .files import Lock, added_to, atomic, locked, read_json
+from .files import Lock, added_to, locked, read_json, write_json
 from .jobs import INTERRUPTED, RESUME, TERMINATED, WHOLE, JobError, at_work, unopened
 from .launch import Together, words_of
 from .progress import clock
@@ -345,8 +344,7 @@ def _note(self: Sweeping, **more: Any) -> None:
         known = self.state["runs"].setdefault(point.run, {"seconds": {}, "failed": {}})
         known |= {"part": point.part, "values": point.values}
     self.state |= more
-    with atomic(self.sweep.folder / "sweep.json") as file:
-        file.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
+    write_json(self.sweep.folder / "sweep.json", self.state)
 
 
 @patch

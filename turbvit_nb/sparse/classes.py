@@ -7,7 +7,6 @@ __all__ = ['Labelled', 'labelled', 'spoilt', 'Residual', 'ResNet', 'ViTClassifie
            'Patience', 'Minutes', 'classifier_state', 'load_classifier', 'write_history']
 
 # %% ../../nbs/sparse/08_classes.ipynb #ffd51fc2
-import json
 import time
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..emulators.files import read_part, rebuilt
 from ..flow.images import ImageSet, read_images
 from ..lab.config import LabError
-from ..lab.files import atomic
+from ..lab.files import write_json
 from ..lab.learner import Callback, Learner
 from ..layers.attention import stack
 from ..layers.embed import TubeletEmbed
@@ -259,5 +258,4 @@ def write_history(
     "The epochs of a training, a list for each quantity that was measured."
     told = {"epoch": [row["epoch"] for row in rows]}
     told |= {name: [row.get(key) for row in rows] for name, key in _KEYS.items() if any(key in row for row in rows)}
-    with atomic(path) as part:
-        part.write_text(json.dumps(told, indent=1) + "\n")
+    write_json(path, told)

@@ -21,7 +21,7 @@ from typing_extensions import Required, TypedDict
 
 from ..compress.latency import interleaved
 from ..lab.config import LabError
-from ..lab.files import atomic, read_json
+from ..lab.files import read_json, write_json
 from ..lab.progress import note
 from ..lab.runs import Run
 from ..model import Kind, evaluating, load_emulator
@@ -172,8 +172,7 @@ def measure_latency(
                             settings, run.device)
     if fresh:
         known = _kept(known, fresh, stale, asked | {"rounds": settings.rounds})
-        with atomic(run.path / "latency.json") as part:
-            part.write_text(json.dumps(known, indent=1, ensure_ascii=False))
+        write_json(run.path / "latency.json", known, ensure_ascii=False)
     for entry in entries:
         told = known["models"].get(_key(entry), {})
         entry.facts = told.get("facts", {}) | entry.facts | {n: v for n, v in told.items()
