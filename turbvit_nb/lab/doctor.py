@@ -43,7 +43,7 @@ def _read_zip(path: Path) -> None:
     "Check the sums of an archive."
     with zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:
-            raise ValueError(f"the sum of its member {bad} is wrong")
+            raise LabError(f"the sum of its member {bad} is wrong")
 
 
 def _read_tar(path: Path) -> None:
@@ -61,7 +61,7 @@ READERS: dict[str, Callable[[Path], object]] = {  # by suffix; each raises somet
 def unreadable(path: Path) -> str | None:
     "Why a file cannot be read; None where it can, or where it is of no known kind."
     try:
-        result_file(path, READERS.get(path.suffix, lambda path: None), "see what to do about it")
+        result_file(path, READERS.get(path.suffix, lambda path: None), "it cannot be read")
     except LabError as error:
         return str(error)
     return None
