@@ -7,7 +7,7 @@ __all__ = ['NUMBERS', 'LEVELS', 'SCALES', 'TOKEN', 'CODES', 'weights_of', 'share
            'weight_tokens', 'padded', 'pooled', 'standard', 'Codes', 'LinearCodes', 'AutoencoderCodes', 'fit_codes',
            'explained', 'codes_state', 'load_codes']
 
-# %% ../../nbs/zoo/06_weights.ipynb #d7ea609f
+# %% ../../nbs/zoo/06_weights.ipynb #c66bfcdc
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..compress.backends import Deployed
 from ..emulators.files import read_part, rebuilt
 from ..lab.config import LabError, hint
 from ..lab.learner import Learner
@@ -26,16 +27,17 @@ from ..latent.coder import ERRORS, Error
 from ..model import Normaliser
 from ..physics.predictability import pod
 
-# %% ../../nbs/zoo/06_weights.ipynb #32603509
+# %% ../../nbs/zoo/06_weights.ipynb #df87ef92
 def weights_of(
     model: nn.Module,  # an emulator of any kind, or another module
 ) -> dict[str, Tensor]:  # by name, in the order of the modules
-    "The parameters of a model as real tensors, without buffers. Raises `LabError` where there are none or one is not finite."
+    "The parameters of a model as real tensors on the CPU, without buffers. Raises `LabError` where they are not to be seen or not finite."
     real = lambda p: torch.view_as_real(p) if p.is_complex() else p
     found = {name: real(p.detach()).float().cpu() for name, p in model.named_parameters() if p.numel()}
+    if isinstance(model, Deployed):
+        raise LabError(f"a program of {model.backend} shows its weights in part at most: take those of the checkpoint that it was made from")
     if not found:
-        told = f"a {type(model).__name__} shows no weights"
-        raise LabError(f"{told}: of a deployed program take those of the checkpoint that it was made from")
+        raise LabError(f"a {type(model).__name__} has no weights")
     for name, weight in found.items():
         if not weight.isfinite().all():
             raise LabError(f"the weights {name} are not all finite: this training blew up")
@@ -213,9 +215,11 @@ class LinearCodes(Codes):
         self.register_buffer("modes", torch.zeros(size, numbers))
 
     def narrow(self, z: Tensor) -> Tensor:
+        "Standardised vectors (n, numbers) → (n, size)."
         return z @ self.modes.T
 
     def widen(self, codes: Tensor) -> Tensor:
+        "The inverse, but for what the modes do not hold."
         return codes @ self.modes
 
 # %% ../../nbs/zoo/06_weights.ipynb #2fadb206
@@ -263,7 +267,7 @@ def _linear(z: Tensor, size: int) -> LinearCodes:
     return codes
 
 
-def _autoencoder(z: Tensor, size: int, steps: int = 150, lr: float = 1e-3, seed: int = 0, **how) -> AutoencoderCodes:
+def _autoencoder(z: Tensor, size: int, steps: int = 80, lr: float = 1e-3, seed: int = 0, **how) -> AutoencoderCodes:
     "Trained on standardised vectors."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
