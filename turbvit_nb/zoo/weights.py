@@ -165,16 +165,18 @@ def padded(
 
 
 def pooled(
-    tokens: Sequence[Tensor],  # (T, D) of each model
-) -> Tensor:  # (n, 2·D + 1)
-    "Mean and deviation of every number over the tensors of a model, and log₁₀ T."
-    summary = lambda each: [each.mean(0), each.std(0, correction=0), torch.tensor([len(each)]).log10()]
-    return torch.stack([torch.cat(summary(each)) for each in tokens])
+    tokens: Tensor,  # (T, D) of a model
+) -> Tensor:  # (4·D + 1,)
+    "Mean and deviation of every number over matrices, then over vectors, zero where there are none; then log₁₀ T."
+    vector = tokens[:, TOKEN.index("vector")] == 1
+    parts = [tokens[kind] if kind.any() else torch.zeros_like(tokens[:1]) for kind in (~vector, vector)]
+    moments = [moment for part in parts for moment in (part.mean(0), part.std(0, correction=0))]
+    return torch.cat([*moments, torch.tensor([len(tokens)]).log10()])
 
-# %% ../../nbs/zoo/06_weights.ipynb #b88cbcca
+# %% ../../nbs/zoo/06_weights.ipynb #53e5ea55
 def standard(
     rows: Tensor,  # (n, D), of training models only: vectors, or tokens of all of them
-) -> Normaliser:  # `normalise` and `denormalise`, of (…, D) with n before D
+) -> Normaliser:  # of rows (n, D): tokens are standardised before they are padded
     "Mean and deviation of every number. Raises `LabError` for rows that are all alike."
     spread = rows.std(0, correction=0)
     typical = spread.square().mean().sqrt()
