@@ -117,12 +117,13 @@ def sunk(
     floor = np.where(np.isfinite(labels).any(0), low - width, 0.0)
     return np.where(np.isneginf(labels), floor, labels)
 
-# %% ../../nbs/zoo/05_table.ipynb #4eb60eb1
+# %% ../../nbs/zoo/05_table.ipynb #c5a68c5d
 def normal_scores(
-    labels: np.ndarray,  # (M, R), −inf where blown up
-) -> np.ndarray:  # (M, R): NaN stays
+    labels: np.ndarray,  # (M, R, …), −inf where blown up
+) -> np.ndarray:  # the same shape: NaN stays
     "Ranks within each flow as quantiles of the standard normal distribution; equal labels share their rank."
-    ranks = stats.rankdata(labels, axis=0, nan_policy="omit")
+    holes = np.isnan(labels).any()  # without them it is a good deal quicker
+    ranks = stats.rankdata(labels, axis=0, nan_policy="omit" if holes else "propagate")
     return stats.norm.ppf((ranks - 0.5) / np.maximum((~np.isnan(labels)).sum(0), 1))
 
 # %% ../../nbs/zoo/05_table.ipynb #9c60fecf
@@ -234,7 +235,7 @@ def design(
             raise LabError(f"the zoo's table has no {block}; a ranker sees {', '.join(FEATURES)} and weights")
         values = getattr(table, block)
         if block in ("probes", "free"):
-            parts += [values, values - np.median(values, 0)]
+            parts += [values, values - np.median(values, 0), normal_scores(values)]
             continue
         values = np.nan_to_num(np.nanmean(values, 1)) if block == "weights" else values
         values = values[None] if block == "flow_features" else values[:, None]
@@ -322,9 +323,9 @@ def planted(
     return Table(
         models=tuple(f"model {i}" for i in range(models)), families=tuple(f"family {k}" for k in kin),
         flows=tuple(f"flow {i}" for i in range(flows)), labels=measured(), repeated=measured(), blown=gone,
-        model_features=near(u @ rng.normal(size=(4, 6)), 0.3), flow_features=near(v @ rng.normal(size=(2, 5)), 0.1),
-        probes=np.stack([near(-forecast, 0.4), near(-0.5 * climate, 1.0), near(-0.5 * forecast, 1.0), near(none, 1.0)], -1),
-        free=np.stack([near(-climate, 0.4), near(4.0 * gone, 0.5), near(none, 1.0)], -1),
+        model_features=near(u @ rng.normal(size=(4, 6)), 0.6), flow_features=near(v @ rng.normal(size=(2, 5)), 0.1),
+        probes=np.stack([near(-forecast, 0.5), near(-0.5 * climate, 1.0), near(-0.5 * forecast, 1.0), near(none, 1.0)], -1),
+        free=np.stack([near(-climate, 0.5), near(4.0 * gone, 0.5), near(none, 1.0)], -1),
         weights=near((u @ rng.normal(size=(4, 40))).reshape(models, 5, 8), 1.0),
         costs={name: scale * np.exp(near(0.5 * u[:, 0], 0.5)) for name, scale in (("ms", 5.0), ("bytes", 4e6), ("operations", 1e9))},
         names=PLANTED_NAMES)
