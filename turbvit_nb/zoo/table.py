@@ -170,15 +170,17 @@ def hidden(
     gone = lambda labels: {wish: np.where(cells, np.nan, label) for wish, label in labels.items()}
     return replace(self, labels=gone(self.labels), repeated=gone(self.repeated), blown=self.blown & ~cells)
 
-# %% ../../nbs/zoo/05_table.ipynb #ccaaff39
+# %% ../../nbs/zoo/05_table.ipynb #87f70949
 @patch
 def within(
     self: Table,
     budgets: Mapping[str, float],  # cost: the most that is allowed
 ) -> np.ndarray:  # (M,) bool
-    "Which models keep to all budgets. Raises `LabError` for a cost that is not known and where none does."
+    "Which models keep to all budgets; a cost that is not known does not. Raises `LabError` for a budget of no meaning and where no model keeps to it."
     if unknown := sorted(budgets.keys() - self.costs.keys()):
         raise LabError(f"there is no cost {', '.join(unknown)}; there are {', '.join(sorted(self.costs))}")
+    if wrong := [f"{name} = {most}" for name, most in budgets.items() if not most > 0]:
+        raise LabError(f"a budget is a positive number, and {', '.join(wrong)} is none")
     over = {name: np.nan_to_num(self.costs[name] / most, nan=np.inf) for name, most in budgets.items()}
     excess = np.max([np.ones(len(self.models)), *over.values()], axis=0)
     if (excess > 1).all():
