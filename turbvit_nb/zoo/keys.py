@@ -20,6 +20,7 @@ class ZooConfig(Section):
     "The section `[zoo]`: the models, the flows, and how one is measured in the other."
 
     folder: str = "zoo"  # below `runs/`: where the catalogue and the measurements are kept
+    root: str | None = None  # folder of the runs; default `runs/`, another for the runs of somebody else
     runs: list[str] = ["*"]  # names and patterns of the runs whose models are taken in
     flows: list[str] = []  # folders of data, relative to `data/` as everywhere; none: all that the runs name
     checkpoints: list[str] = ["*"]  # names and patterns of checkpoints: of their results, not of states to resume from
@@ -33,6 +34,11 @@ class ZooConfig(Section):
     probe_frames: int = Field(16, ge=1)  # frames that a probe starts from
     probe_steps: int = Field(5, ge=1)  # steps that it makes
     short_run: int = Field(60, ge=2)  # steps of the short free run
+
+    model_folds: int = Field(4, ge=2)  # parts of the families, each held out in turn when rankers are judged
+    flow_folds: int = Field(3, ge=2)  # parts of the flows
+    budgets: dict[str, dict[str, float]] = {}  # by name: cost and the most that is allowed, for the regret within budgets
+    practice: bool = False  # a zoo of tiny models of known order, made on the spot: the chapter's own example
 
     @property
     def how(self) -> dict:

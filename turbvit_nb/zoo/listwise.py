@@ -17,7 +17,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..lab.config import LabError, Section
+from ..lab.config import Section
 from ..lab.learner import Callback, Learner
 from ..lab.training import LoopConfig, build_optimizer, loop_callbacks
 from ..layers.attention import Attend, Block, attention

@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from ..lab.config import LabError
-from .table import Standard, Table, design, fitted, normal_scores
+from .table import Table, design, fitted, normal_scores
 
 # %% ../../nbs/zoo/08_rankers.ipynb #9b408695
 class Ranker(Protocol):

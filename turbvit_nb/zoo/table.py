@@ -8,7 +8,7 @@ __all__ = ['WISHES', 'FEATURES', 'Rows', 'LIMIT', 'PLANTED_NAMES', 'Table', 'spr
 
 # %% ../../nbs/zoo/05_table.ipynb #dfdbcac9
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 

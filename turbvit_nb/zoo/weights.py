@@ -8,7 +8,7 @@ __all__ = ['NUMBERS', 'LEVELS', 'SCALES', 'TOKEN', 'CODES', 'weights_of', 'share
            'explained', 'codes_state', 'load_codes']
 
 # %% ../../nbs/zoo/06_weights.ipynb #c66bfcdc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Any
 
