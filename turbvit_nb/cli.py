@@ -537,16 +537,25 @@ def deploy(
 def generate(
     config: Annotated[str, typer.Argument(help=r"TOML file with a \[generate] section")],
     set: Set = [],
+    nproc: Processes = 1,
 ) -> None:
-    "Make the data a config asks for, with the built-in solver. What is there already is kept."
+    "Make the data a config asks for, with the built-in solver. What is there already is kept; with --nproc several processes share the trajectories."
     from turbvit_nb.lab.config import LabError, load_config
+    from turbvit_nb.lab.launch import command, launch
+    from turbvit_nb.lab.ranks import ranks
 
     settings = load_config(config, set)
     if not settings.has("generate"):
         raise LabError(f"{config} has no [generate] section")
+    if nproc > 1 and ranks().alone:
+        raise typer.Exit(launch(nproc, command("generate", config, overrides=set)))
     from turbvit_nb.datasets import ensure_data
 
-    console.print(f"data in {escape(nice(ensure_data(settings)))}")
+    if not ranks().first:  # the first speaks
+        os.environ["TURBVIT_PROGRESS"] = "0"
+    where = ensure_data(settings)
+    if ranks().first:
+        console.print(f"data in {escape(nice(where))}")
 
 # %% ../nbs/cli.ipynb #fd68539c
 @app.command(name="import")
