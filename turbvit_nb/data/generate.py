@@ -327,6 +327,4 @@ def _keep_state(cfg: GenerateConfig, solver: Solver, first: int, writers: list, 
     if cfg.store == "tree" and not cfg.filtered:
         for writer, before, now in zip(writers, *solver.restart_hats):
             writer.append_state(n * cfg.t_save, before, now)
-    whole = _whole(solver, first)
-    if ranks().first:
-        write_checkpoint(file, {"frame": n, "solver": whole})
+    write_checkpoint(file, {"frame": n, "solver": _whole(solver, first)})
