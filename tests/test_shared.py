@@ -28,17 +28,17 @@ data_dir = "flow"
 Re = 200
 NX = 64
 n_trajectories = 6
-n_frames = 40
+n_frames = 30
 t_save = 0.1
 spin_up = 1.0
 [dataset]
 data_dir = "flow"
 trajectories = [5, 6]
-frame_range = [[1, 41]]
+frame_range = [[1, 31]]
 [train_dataset]
 data_dir = "flow"
 trajectories = [1, 2, 3]
-frame_range = [[1, 41]]
+frame_range = [[1, 31]]
 [inference]
 inference_length = 14
 chunk_size = 5
@@ -77,16 +77,19 @@ def a_run(folder: Path, name: str) -> Path:
     return folder / f"{name}.toml"
 
 
+WORLDS = [pytest.param(2, marks=pytest.mark.soak), 3]
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> dict[int, Path]:
-    "All stages by one, two and three ranks: the folder of each."
-    home = tmp_path_factory.mktemp("shared")
-    for world in (1, 2, 3):
+def done(request, tmp_path_factory) -> dict[int, Path]:
+    "All stages by one process, by three ranks, and in the soak by two: the folder of each."
+    home, worlds = tmp_path_factory.mktemp("shared"), (1, 3, 2) if request.config.getoption("--soak") else (1, 3)
+    for world in worlds:
         folder = home / str(world)
         folder.mkdir()
-        ended = shared(folder, world, str(a_run(folder, "run")), "inference")
+        ended = shared(folder, world, str(a_run(folder, "run")), "inference", "short_analysis", "long_analysis")
         assert ended.returncode == 0, ended.stdout + ended.stderr
-    return {world: home / str(world) for world in (1, 2, 3)}
+    return {world: home / str(world) for world in worlds}
 
 
 def hashes(folder: Path, pattern: str) -> dict[str, str]:
@@ -94,14 +97,14 @@ def hashes(folder: Path, pattern: str) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob(pattern))}
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_trajectories_are_the_same_to_the_bit(done, world):
     one, several = (hashes(done[n] / "data" / "flow", "frames.h5") for n in (1, world))
     assert len(one) == 6 and several == one
     assert hashes(done[world] / "data" / "flow", "generate.*").keys() == {"generate.json"}
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_rollouts_are_the_same(done, world):
     "But for rounding: of five starts one of three ranks has a batch of one."
     one, several = (open_rollouts(done[n] / "runs" / "run") for n in (1, world))
@@ -114,7 +117,7 @@ def test_rollouts_are_the_same(done, world):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("before, after", [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize("before, after", [pytest.param(1, 3, marks=pytest.mark.soak), (3, 2), pytest.param(2, 1, marks=pytest.mark.soak)])
 def test_rollouts_go_on_with_another_number_of_ranks(done, tmp_path, before, after):
     (tmp_path / "data").symlink_to(done[1] / "data")
     config = a_run(tmp_path, "run")
@@ -126,3 +129,30 @@ def test_rollouts_go_on_with_another_number_of_ranks(done, tmp_path, before, aft
     for name in one:
         for a, b in zip(one[name], other[name], strict=True):
             assert np.abs(a.read() - b.read()).max() < 1e-5 * np.abs(a.read()).max()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_forecasts_are_the_same_to_the_bit(done, world):
+    "Forecasts, ensembles, baselines, ceiling: each group of starts is some rank's, and the groups do not depend on the ranks."
+    for name in ("best", "flow"):
+        one, several = (xr.load_dataset(done[n] / "runs" / "run" / "short_analyses" / f"{name}.nc") for n in (1, world))
+        assert one.sizes["start"] == 9 and list(one.ensemble.values) == ["emulator", "climatology"] and "ceiling" in one.forecast
+        assert np.isfinite(one.acc.sel(forecast="ceiling")).all()
+        xr.testing.assert_equal(one, several)
+        differ = {key for key in one.attrs if not np.array_equal(one.attrs[key], several.attrs[key])}
+        assert differ <= {"made_from"}  # the times of the checkpoints' files
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_climates_are_the_same(done, world):
+    "The sums of the truth are added up in another order; the rollouts themselves are the same but for rounding."
+    one, several = ({file.stem: xr.load_dataset(file) for file in (done[n] / "runs" / "run" / "long_analyses").glob("*.nc")} for n in (1, world))
+    assert one.keys() == several.keys() == {"truth", "best", "flow"}
+    xr.testing.assert_allclose(one["truth"], several["truth"], rtol=1e-9, atol=1e-12)
+    for name in ("best", "flow"):
+        xr.testing.assert_allclose(one[name], several[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, *WORLDS])
+def test_the_first_rank_alone_says_that_a_stage_is_done(done, world):
+    assert {name: entry["state"] for name, entry in stages(done[world] / "runs" / "run").items()} == dict.fromkeys(("inference", "short_analysis", "long_analysis"), "done")
