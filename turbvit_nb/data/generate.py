@@ -101,6 +101,12 @@ def _solver(cfg: GenerateConfig, **how) -> Solver:
     return Solver(cfg.regime(), omega0.to(resolve_device(cfg.device)), scheme=cfg.scheme, dt=cfg.dt, **how)
 
 
+def _pieces(solver: Solver) -> list[slice]:
+    "The trajectories as they can be shared among ranks: on a CPU those that go through the transforms together, so that the bits do not depend on the ranks; on an accelerator each."
+    n = len(solver.omega_hat)
+    return [slice(i, i + 1) for i in range(n)] if solver.omega_hat.device.type != "cpu" else solver.pieces
+
+
 def seconds_to_make(cfg: GenerateConfig) -> float:
     "A rough estimate for this machine and the ranks of this job, from a few steps of the solver."
     solver, few = _solver(cfg), 1.28 / cfg.regime().solved_NX  # time units
@@ -247,12 +253,6 @@ def _completed(cfg: GenerateConfig, root: Path) -> None:
 
 # %% ../../nbs/data/00_generate.ipynb #d7c85f2c
 KEEP = 20.0  # seconds
-
-
-def _pieces(solver: Solver) -> list[slice]:
-    "The trajectories as they can be shared among ranks: on a CPU those that go through the transforms together, so that the bits do not depend on the ranks; on an accelerator each."
-    n = len(solver.omega_hat)
-    return [slice(i, i + 1) for i in range(n)] if solver.omega_hat.device.type != "cpu" else solver.pieces
 
 
 def _mine(solver: Solver) -> tuple[slice, range]:
