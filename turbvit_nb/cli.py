@@ -251,7 +251,7 @@ def run(
 ) -> None:
     """Run a chapter as a job; the executed notebook goes to the run folder. `all` runs every stage.
 
-    With --nproc several processes share every batch of a training; what they say goes to RUN/ranks.
+    With --nproc several processes share every batch of a training, rollouts, starts and frames; what they say goes to RUN/ranks.
 
     Exit codes: 0 done, 1 failed, 75 stopped by its wall-clock limit, 130 Ctrl-C, 138 kernel killed,
     143 SIGTERM. After 75 to 143: turbvit resume.
