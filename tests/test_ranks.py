@@ -250,6 +250,6 @@ def test_mistakes_of_several_ranks_are_one_line(chapter, done):
     ended = turbvit(chapter, done, "uneven", "--set", "training.batch_size=9", "--nproc", "2")
     assert ended.returncode == 1 and "batch_size = 9 cannot be shared evenly by 2 ranks: give a multiple of 2" in ended.stdout
     assert "Traceback" not in ended.stdout
-    words = [sys.executable, "-m", "turbvit_nb.cli", "run", "07_compare", str(chapter / "runs" / "nproc"), "--nproc", "2"]
+    words = [sys.executable, "-m", "turbvit_nb.cli", "run", "07_compare", str(done[1] / "runs" / "everything"), "--nproc", "2"]
     ended = subprocess.run(words, env=environment(chapter), capture_output=True, text=True)
     assert ended.returncode == 1 and "stage compare is the work of one process" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
