@@ -3,8 +3,9 @@
     python benchmarks/bench_ranks.py [SIDE] [TURNS]      on a quiet machine; minutes
 
 Rows: one process of one thread, one process of two threads, two ranks of one thread each under torchrun, all with the same batch of 8 states of
-SIDE² points, 2 unrolled steps; and one process with activation checkpointing. Columns: the median of the seconds per step over the turns, with the smallest and
-largest, its ratio to the first row, and the largest resident memory of a process less that before training. The states are noise: only the time is of interest."""
+SIDE² points, 2 unrolled steps; the two ranks with their weights spread; and one process with activation checkpointing. Columns: the median of the seconds per
+step over the turns, with the smallest and largest, its ratio to the first row, what the first rank holds of weights, gradients and moments between two steps, and
+the largest resident memory of a process less that before training. The states are noise: only the time is of interest."""
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ ROWS = {  # name: ranks, threads, settings
     "one process, one thread": (1, 1, {}),
     "one process, two threads": (1, 2, {}),
     "two ranks, one thread each": (2, 1, {}),
+    "two ranks, one thread each, weights spread": (2, 1, {"sharded": True}),
     "one process, one thread, activation checkpointing": (1, 1, {"activation_checkpointing": True}),
 }
 
@@ -30,6 +32,7 @@ def work(side: int, settings: dict, target: Path) -> None:
     from turbvit_nb.lab.learner import Callback
     from turbvit_nb.lab.ranks import part, ranks
     from turbvit_nb.lab.runs import open_run
+    from turbvit_nb.lab.sharding import own_slice
     from turbvit_nb.lab.training import LoopConfig, fit
     from turbvit_nb.model import ModelConfig, Normaliser, create_emulator, losses
 
@@ -45,6 +48,14 @@ def work(side: int, settings: dict, target: Path) -> None:
 
     class Clock(Callback):
         times: list[float] = []
+        spreads = True
+
+        def before_step(self, learner): self.gradients = [p.grad for p in learner.weights.parameters() if p.grad is not None]
+
+        def after_step(self, learner):
+            moments = [value for kept in learner.optimizer.state.values() for value in kept.values()]
+            self.held = sum(own_slice(value).nbytes for value in [*learner.weights.parameters(), *self.gradients, *moments]) / 2**20
+            del self.gradients
 
         def after_batch(self, learner): self.times.append(time.perf_counter())
 
@@ -57,7 +68,7 @@ def work(side: int, settings: dict, target: Path) -> None:
     if ranks().first:
         steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:])]
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        target.write_text(json.dumps({"seconds": statistics.median(steps), "MiB": memory}))
+        target.write_text(json.dumps({"seconds": statistics.median(steps), "state": clock.held, "MiB": memory}))
 
 
 def main(side: int, turns: int) -> None:
@@ -72,10 +83,10 @@ def main(side: int, turns: int) -> None:
     middle = {name: statistics.median(one["seconds"] for one in each) for name, each in found.items()}
     first = next(iter(middle.values()))
     print(f"ViT of {side}², patches of 8, batch of 8, 2 steps unrolled, fp32; {turns} turns\n")
-    print("| | seconds a step | smallest, largest | over the first | MiB |\n|---|---:|---:|---:|---:|")
+    print("| | seconds a step | smallest, largest | over the first | state, MiB | resident, MiB |\n|---|---:|---:|---:|---:|---:|")
     for name, each in found.items():
         seconds = [one["seconds"] for one in each]
-        print(f"| {name} | {middle[name]:.2f} | {min(seconds):.2f}, {max(seconds):.2f} | {middle[name] / first:.2f} | {statistics.median(one['MiB'] for one in each):.0f} |")
+        print(f"| {name} | {middle[name]:.2f} | {min(seconds):.2f}, {max(seconds):.2f} | {middle[name] / first:.2f} | {each[0]['state']:.1f} | {statistics.median(one['MiB'] for one in each):.0f} |")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ of = lambda section, *keys: [f"{section}.{key}" for key in (*SHORT, *keys)]
 SPARSE = ("method=adaptive", "target_activation=0.5")
 JOBS = {  # name: stage, what does it, its config, changes
     "everything": ("train", train, "train", of("training", *FULL)),
+    "spread": ("train", train, "train", of("training", *FULL, "sharded=true", "activation_checkpointing=true")),
     "other_seed": ("train", train, "train", ["seed=7", *of("training", *FULL)]),
     "dropout": ("train", train, "train", ["model={model_type='UNet', img_size=32, base_channels=8, depth=2, dropout=0.2}", *of("training")]),
     "pruned": ("prune", prune, "prune", ["checkpoint_file={everything}", *of("finetuning")[1:], "pruning.prune_schedule=[0.3, 0.3]", "pruning.epoch_schedule=[1, 1]"]),
@@ -50,11 +51,13 @@ SCORED = ("taylor", "fisher", "gauss_newton", "wanda", "sparsegpt", "head_gates"
 
 
 class Disturbed(Callback):
-    "In the second epoch the second rank, and no other, is told to stop."
+    "In the second epoch the last rank, and no other, is told to stop."
+
+    spreads = True
 
     def after_batch(self, learner) -> None:
-        if ranks().rank == 1 and learner.step == 9:
-            learner.stop = "a signal to the second rank"
+        if ranks().rank == ranks().world - 1 and learner.step == 9:
+            learner.stop = "a signal to the last rank"
 
 
 def trained(folder: Path) -> Path:
@@ -91,10 +94,11 @@ if __name__ == "__main__":
         if name == "scores":
             scores(folder)
             continue
-        if name in ("stops", "goes_on"):  # the same training, disturbed, and taken up again
+        if name in ("stops", "stops_spread", "goes_on", "goes_on_spread"):  # the same training, disturbed, and taken up again
             file, changes = config("everything", folder)
-            run = open_run(file, "train", [f"output_dir={folder}/runs/disturbed", *changes[1:]]) if name != "goes_on" else open_run(folder / "runs" / "disturbed", "train")
-            train(run, [] if name == "goes_on" else [Disturbed()])
+            spread, again = f"training.sharded={str('spread' in name).lower()}", "goes_on" in name
+            run = open_run(folder / "runs" / "disturbed", "train", [spread]) if again else open_run(file, "train", [f"output_dir={folder}/runs/disturbed", *changes[1:], spread])
+            train(run, [] if again else [Disturbed()])
             run.finish()
             continue
         stage, work, *_ = JOBS[name]

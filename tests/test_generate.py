@@ -95,7 +95,7 @@ def test_the_twin_of_a_frame_alone(data):
     dataset = open_dataset(cfg, num_frames=HISTORY)
     dataset.targets = 5
     starts = Starts(dataset, start_samples(len(dataset), 6), torch.zeros(2, N, N), torch.device("cpu"))
-    group = next(starts.groups())
+    group = starts.group(starts.spans()[0])
     first = group["x"][:, :, 0].double()
     twins = list(twin_states(starts, group, torch.zeros(12)))
     frame, flow = Grid.of(first).vorticity(first), starts.flows[0]

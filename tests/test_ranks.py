@@ -108,23 +108,46 @@ def test_what_drops_units_trains_all_the_same(done):
         assert one != two and two == pytest.approx(one, rel=0.1)
 
 
-def test_a_stop_of_one_rank_is_everybodys(done, tmp_path):
-    "The job ends in good order, and goes on in one process as if nothing had been: the same samples in the same order."
+STOPS = {  # ranks and stage of ranked.py before the stop, ranks and stage after it
+    "two ranks, then one": ((2, "stops"), (1, "goes_on")),
+    "two ranks that share the weights, then one": ((2, "stops_spread"), (1, "goes_on")),
+    "one, then two ranks that share the weights": ((1, "stops"), (2, "goes_on_spread")),
+    "two ranks, then two that share the weights": ((2, "stops"), (2, "goes_on_spread")),
+}
+
+
+@pytest.mark.parametrize("who", [pytest.param(name, marks=pytest.mark.soak) if name.endswith("two that share the weights") else name for name in STOPS])
+def test_a_stop_of_one_rank_is_everybodys(done, tmp_path, who):
+    "The job ends in good order, and goes on with other ranks as if nothing had been: the same samples in the same order."
     folder = tmp_path / "by_2"
     folder.mkdir()
     (tmp_path / "warm").symlink_to(done[1].parent / "warm")
     env = environment(folder) | {"TURBVIT_DATA": str(done[1].parent)}
-    words = [*TORCHRUN, "--nproc-per-node", "2", ROOT / "tests" / "ranked.py", folder, "stops"]
-    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    by = lambda world: [*TORCHRUN, "--nproc-per-node", str(world)] if world > 1 else [sys.executable]
+    first, second = ([*by(world), ROOT / "tests" / "ranked.py", folder, name] for world, name in STOPS[who])
+    ended = subprocess.run(first, env=env, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
     run = folder / "runs" / "disturbed"
     left = read_checkpoint(run / "checkpoints" / "last.tar")
-    assert stages(run)["train"]["state"] == "stopped"
+    assert stages(run)["train"]["state"] == "stopped", ended.stderr
     assert (left["epoch"], left["batch_index"]) == (1, 4)  # at the end of a step of the optimizer
-    subprocess.run([sys.executable, ROOT / "tests" / "ranked.py", folder, "goes_on"], env=env, check=True, capture_output=True)
+    ended = subprocess.run(second, env=env, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
     a, b = (read_checkpoint(path / "checkpoints" / "last.tar") for path in (run, done[1] / "runs" / "everything"))
     assert off(a["model_state"], b["model_state"]) < 1e-3 and off(a["ema_state"], b["ema_state"]) < 1e-3
+    assert off(a["optimizer_state"], b["optimizer_state"]) < 1e-2
     assert a["step"] == b["step"] and [row["step"] for row in read_metrics(run)] == [row["step"] for row in read_metrics(done[1] / "runs" / "everything")]
+
+
+def test_spread_weights_are_stored_as_any_others(done):
+    "The checkpoints of two ranks that share the weights hold what those of one process do, whole."
+    for file in ("best", "last"):
+        one, two = (read_checkpoint(done[world] / "runs" / "spread" / "checkpoints" / f"{file}.tar") for world in (1, 2))
+        assert {name: (value.shape, value.dtype) for name, value in one["model_state"].items()} == {name: (value.shape, value.dtype) for name, value in two["model_state"].items()}
+        assert off(one["ema_state"], two["ema_state"]) < 1e-3
+        moments = [checkpoint["optimizer_state"]["state"] for checkpoint in (one, two)]
+        assert moments[0].keys() == moments[1].keys() and off(*moments) < 1e-2
+        assert all(a[key].shape == b[key].shape for a, b in zip(*(state.values() for state in moments)) for key in a)
 
 
 CHAPTER = """from turbvit_nb.lab.learner import Callback
@@ -227,6 +250,6 @@ def test_mistakes_of_several_ranks_are_one_line(chapter, done):
     ended = turbvit(chapter, done, "uneven", "--set", "training.batch_size=9", "--nproc", "2")
     assert ended.returncode == 1 and "batch_size = 9 cannot be shared evenly by 2 ranks: give a multiple of 2" in ended.stdout
     assert "Traceback" not in ended.stdout
-    words = [sys.executable, "-m", "turbvit_nb.cli", "run", "05_short_analysis", str(chapter / "runs" / "nproc"), "--nproc", "2"]
+    words = [sys.executable, "-m", "turbvit_nb.cli", "run", "07_compare", str(done[1] / "runs" / "everything"), "--nproc", "2"]
     ended = subprocess.run(words, env=environment(chapter), capture_output=True, text=True)
-    assert ended.returncode == 1 and "stage short_analysis is the work of one process" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1
+    assert ended.returncode == 1 and "stage compare is the work of one process" in ended.stderr and len(ended.stderr.strip().splitlines()) == 1

@@ -426,7 +426,7 @@ def test_an_ensemble_scores_as_scoringrules_says(folder):
     dataset = open_scored(run.config)
     starts = Starts(dataset, start_samples(len(dataset), STARTS), torch.zeros(2, N, N), run.device)
     emulator = load_emulator(folder / "checkpoints" / "best.tar")
-    group = next(starts.groups())
+    group = starts.group(starts.spans()[0])
     spectrum = 0.25 * begin.one_step_error(emulator, starts)
     lead = 4
     states = list(ensembles.ensemble_states(emulator, group, lead, 5, spectrum))[-1].double().numpy()
@@ -473,7 +473,7 @@ def test_starts_of_several_flows_are_advanced_each_by_its_own(home, data):
     dataset.targets = 5
     starts = Starts(dataset, start_samples(len(dataset), 8), torch.zeros(2, N, N), torch.device("cpu"))
     assert len(set(starts.flows)) == 2
-    group = next(starts.groups())
+    group = starts.group(starts.spans()[0])
     unperturbed = torch.zeros(int(Grid.of(group["x"]).shells.max()) + 1)
     for lead, state in enumerate(ceiling.twin_states(starts, group, unperturbed)):
         torch.testing.assert_close(state.float(), group["truth"][:, :, lead], atol=1e-3, rtol=0)

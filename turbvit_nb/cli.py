@@ -255,7 +255,7 @@ def run(
 ) -> None:
     """Run a chapter as a job; the executed notebook goes to the run folder. `all` runs every stage.
 
-    With --nproc several processes share every batch of a training; what they say goes to RUN/ranks.
+    With --nproc several processes share every batch of a training, rollouts, starts and frames; what they say goes to RUN/ranks.
 
     Exit codes: 0 done, 1 failed, 75 stopped by its wall-clock limit, 130 Ctrl-C, 138 kernel killed,
     143 SIGTERM. After 75 to 143: turbvit resume.
@@ -541,16 +541,25 @@ def deploy(
 def generate(
     config: Annotated[str, typer.Argument(help=r"TOML file with a \[generate] section")],
     set: Set = [],
+    nproc: Processes = 1,
 ) -> None:
-    "Make the data a config asks for, with the built-in solver. What is there already is kept."
+    "Make the data a config asks for, with the built-in solver. What is there already is kept; with --nproc several processes share the trajectories."
     from turbvit_nb.lab.config import LabError, load_config
+    from turbvit_nb.lab.launch import command, launch
+    from turbvit_nb.lab.ranks import ranks
 
     settings = load_config(config, set)
     if not settings.has("generate"):
         raise LabError(f"{config} has no [generate] section")
+    if nproc > 1 and ranks().alone:
+        raise typer.Exit(launch(nproc, command("generate", config, overrides=set)))
     from turbvit_nb.datasets import ensure_data
 
-    console.print(f"data in {escape(nice(ensure_data(settings)))}")
+    if not ranks().first:  # the first speaks
+        os.environ["TURBVIT_PROGRESS"] = "0"
+    where = ensure_data(settings)
+    if ranks().first:
+        console.print(f"data in {escape(nice(where))}")
 
 # %% ../nbs/cli.ipynb #fd68539c
 @app.command(name="import")

@@ -10,7 +10,7 @@ __all__ = ['InferenceConfig', 'start_data', 'choose_starts', 'choose_checkpoints
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from .lab.checkpoints import as_state, identify, results_in
 from .lab.config import Config, LabError, Section
 from .lab.files import atomic, earlier, read_arrays
 from .lab.films import make_movie
+from .lab.learner import step_generator
 from .lab.progress import Meter, note
+from .lab.ranks import agreed, all_say, largest, share, together
 from .lab.runs import Run
 from .model import Kind, State, check_start, evaluating, load_emulator, states
 
@@ -111,7 +113,8 @@ def _identity(headers: Mapping[str, dict]) -> str:
 
 
 class RolloutJob:
-    "The rollouts of one checkpoint from several starts, on disk and in flight."
+    """The rollouts of one checkpoint from several starts, on disk and in flight; of several ranks each has its share of them.
+    They are those of one process but for rounding: a batch of another size may be rounded otherwise."""
 
     def __init__(
         self,
@@ -121,47 +124,51 @@ class RolloutJob:
         headers: Mapping[str, dict],  # folder of each start and member: what its rollout.json says
         limits: Limits,
         cond: Tensor | None = None,  # flow parameters (B, P)
-        generator: Generator | None = None,  # of a stochastic emulator's noise
+        generators: Sequence[Generator] = (),  # of a stochastic emulator's noise, one for each header
     ):
-        self.folder, self.emulator, self.limits = folder, emulator, limits
-        self.x, self.cond, self.generator = x, cond, generator
-        self.writers = [RolloutWriter(folder / name, header) for name, header in headers.items()]
+        self.folder, self.emulator, self.limits, self.count = folder, emulator, limits, len(x)
+        self.mine = share(self.count)
+        self.x, self.cond = x[self.mine], None if cond is None else cond[self.mine]
+        self.generators = list(generators)[self.mine]
+        self.writers = [RolloutWriter(folder / name, header) for name, header in list(headers.items())[self.mine]]
         self.identity = _identity(headers)
         self.step, self.state = 0, None  # the state after so many steps; None before the first
-        self.ended = np.zeros(len(x), int)  # the step at which a rollout blew up, or 0
+        self.ended = np.zeros(len(self.x), int)  # the step at which a rollout blew up, or 0
 
 # %% ../nbs/04_inference.ipynb #e0e94bb1
 @patch
 def save(self: RolloutJob, state: str) -> None:
-    "Write the chunks, what the rollouts are, and the state to go on from."
+    "Write the chunks, what the rollouts are, and the state of all ranks' to go on from."
     for writer, ended in zip(self.writers, self.ended):
         if writer.flush() or not ended:
             writer.describe(*("blown up", int(ended) - 1) if ended else (state, self.step))
     if self.step % self.emulator.out_frames:
         return
-    kept = {f"state_{name}": value.cpu().numpy() for name, value in self.state.items()}
-    if self.generator is not None:
-        kept["generator"] = self.generator.get_state().numpy()
+    kept = {f"state_{name}": value.cpu().numpy() for name, value in (self.state or {}).items()}
+    if self.generators:
+        kept["generators"] = np.stack([one.get_state().numpy() for one in self.generators])
+    parts = [part for part in all_say(kept | {"ended": self.ended}) if len(part["ended"])]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     with atomic(self.folder / "restart.npz") as path:
-        np.savez(path, step=self.step, ended=self.ended, identity=self.identity, **kept)
+        np.savez(path, step=self.step, identity=self.identity, **whole)
 
 
-def _kept_state(kept: Mapping[str, np.ndarray], device: torch.device) -> State:
-    "The emulator's state in a restart file."
+def _kept_state(kept: Mapping[str, np.ndarray], mine: slice, device: torch.device) -> State:
+    "The emulator's state of some rollouts in a restart file."
     found = {name.removeprefix("state_"): kept[name] for name in kept if name.startswith("state_")}
     found = {"x": kept["x"]} if "x" in kept else found
-    return {name: torch.from_numpy(value).to(device) for name, value in found.items()}
+    return {name: torch.from_numpy(value[mine]).to(device) for name, value in found.items()}
 
 # %% ../nbs/04_inference.ipynb #4b21b7cd
 @patch
 def _go_on(self: RolloutJob, file: Path) -> bool:
     "Take the state in a restart file of the same rollouts; False for one of others."
     kept = read_arrays(file)
-    if str(kept["identity"]) != self.identity:
+    if str(kept["identity"]) != self.identity or self.emulator.stochastic and "generators" not in kept:
         return False
-    step, ended, state = int(kept["step"]), kept["ended"].reshape(self.ended.shape), _kept_state(kept, self.x.device)
-    if "generator" in kept:
-        self.generator.set_state(torch.from_numpy(kept["generator"]))
+    step, ended, state = int(kept["step"]), kept["ended"].reshape(self.count)[self.mine], _kept_state(kept, self.mine, self.x.device)
+    for generator, drawn in zip(self.generators, kept.get("generators", [])[self.mine]):
+        generator.set_state(torch.from_numpy(drawn))
     self.step, self.ended, self.state = step, ended, state
     for writer in self.writers:
         writer.recall()
@@ -204,28 +211,41 @@ def keep(
 
 # %% ../nbs/04_inference.ipynb #7210ea51
 @patch
+def _chunk(
+    self: RolloutJob,
+    steps: Iterator[tuple[State, Tensor | None]],  # of `states`
+    end: int,  # step to stop at
+    save_every: int,  # keep every n-th state
+    meter: Meter,  # counts steps
+) -> None:
+    "Go on to the end of a chunk, or until all have blown up."
+    while self.step < end and not self.ended.all():
+        self.state, frames = next(steps)
+        for frame in [None] if frames is None else frames[:, :, : end - self.step].unbind(2):
+            if not self.ended.all():
+                self.keep(frame, save_every)
+                meter.update()
+
+
+@patch
 def go(self: RolloutJob, settings: InferenceConfig) -> None:
     "Roll out to the end, from the start or from where an earlier process stopped."
     self.restore()
-    if self.state is None:
+    if self.state is None and len(self.x):
         with evaluating(self.emulator):
-            self.state = self.emulator.begin(self.x, self.cond, self.generator)
+            self.state = self.emulator.begin(self.x, self.cond, self.generators)
     whole, length = math.lcm(
         settings.save_every, self.emulator.out_frames,
     ), settings.inference_length
     chunk = math.ceil(settings.chunk_size * settings.save_every / whole) * whole
     every = settings.save_every if self.emulator.decodes and self.emulator.out_frames == 1 else 1
-    steps = states(self.emulator, self.state, self.cond, self.generator, every)
+    steps = states(self.emulator, self.state, self.cond, self.generators, every)
     with Meter(length, f"roll out {self.folder.name}", "step", done=self.step) as meter:
-        while self.step < length and not self.ended.all():
-            self.state, frames = next(steps)
-            for frame in [None] if frames is None else frames[:, :, : length - self.step].unbind(2):
-                self.keep(frame, settings.save_every)
-                meter.update()
-                if self.step % chunk == 0 or self.step == length or self.ended.all():
-                    self.save("done" if self.step == length else "running")
-                if self.ended.all():
-                    break
+        while self.step < length and agreed(not self.ended.all()):
+            end = min(self.step // chunk * chunk + chunk, length)
+            self._chunk(steps, end, settings.save_every, meter)
+            self.step = int(largest(self.step))
+            self.save("done" if self.step == length else "running")
 
 # %% ../nbs/04_inference.ipynb #442b04ce
 def _header(
@@ -268,7 +288,7 @@ def _with_members(headers: Mapping[str, dict], members: int, seed: int) -> dict[
 def infer(
     run: Run,
 ) -> dict[str, list[Rollout]]:  # checkpoint: its rollouts
-    "Roll out every checkpoint of the run from every start; resumes what was begun."
+    "Roll out every checkpoint of the run from every start, by all ranks of the job; resumes what was begun, on any number of them."
     settings = run.config.section("inference")
     seed = run.config.top.seed if settings.seed is None else settings.seed
     for name, checkpoint in choose_checkpoints(run, settings).items():
@@ -285,10 +305,12 @@ def infer(
             note(f"{name} is deterministic: its members would all be the same, so it has one")
         batch = dataset.__getitems__(starts)
         x, cond = (batch[key].to(run.device).repeat_interleave(members, 0) for key in ("x", "cond"))
-        limits, generator = limits_of(dataset, settings.max_growth), Generator().manual_seed(seed)
-        RolloutJob(run.path / "inference" / name, emulator, x, headers, limits, cond, generator).go(
+        limits = limits_of(dataset, settings.max_growth)
+        generators = [step_generator(seed, i) for i in range(len(x))] if emulator.stochastic else []
+        RolloutJob(run.path / "inference" / name, emulator, x, headers, limits, cond, generators).go(
             settings
         )
+    together()
     return open_rollouts(run.path)
 
 # %% ../nbs/04_inference.ipynb #068b69ca

@@ -21,10 +21,10 @@ from .climate.diagnostics import Diagnostic, Setting, bin_ranges
 from .climate.distances import drifting
 from .climate.keys import AnalysisConfig, climate_keys, climate_settings
 from turbvit_nb.climate.passes import (
+    by_ranks,
     climate_dataset,
     ended_early,
     finite_frames,
-    in_processes,
     merge_parts,
     part_about,
     part_file,
@@ -54,6 +54,7 @@ from .lab.checkpoints import attributes
 from .lab.config import LabError, run_folder
 from .lab.files import earlier
 from .lab.progress import note
+from .lab.ranks import told
 from .lab.results import fingerprint, is_same, picked, up_to_date, write_netcdf
 from .lab.runs import Run
 from .physics.py2d import Regime
@@ -176,8 +177,8 @@ def take_part(run: Run, name: str, records: Sequence[Record], setting: Setting) 
     "Analyse a part of a source and write what was kept; not again if it is there."
     i, n = setting.config.part
     target, made = part_file(run.path, name, (i, n)), part_made_from(run, records, setting)
-    if not is_same(earlier(target, part_about), made):
-        kept = in_processes(records, setting, (i, n), desc=f"{name}, part {i} of {n}")
+    if not told(is_same(earlier(target, part_about), made)):
+        kept = by_ranks(records, setting, (i, n), desc=f"{name}, part {i} of {n}")
         save_kept(target, kept, made)
 
 
@@ -186,7 +187,7 @@ def kept_of(
 ) -> dict[str, Diagnostic]:
     "The diagnostics of a source: from one pass, or from the parts in the runs of `analysis.merge`."
     if not setting.config.merge:
-        return in_processes(records, setting, desc=name)
+        return by_ranks(records, setting, desc=name)
     parts, made = read_parts([run_folder(one) for one in setting.config.merge], name, setting)
     if not all(is_same(one, part_made_from(run, records, setting)) for one in made):
         other = f"analysis.merge: the parts of {name} were made from other settings or frames"
@@ -254,7 +255,7 @@ def _fitting_sources(
 
 # %% ../nbs/06_long_analysis.ipynb #851801fc
 def long_analysis(run: Run) -> dict[str, xr.Dataset]:
-    "The climates of the truth and of every checkpoint with rollouts; none of a part."
+    "The climates of the truth and of every checkpoint with rollouts; none of a part. Several ranks share the frames."
     ensure_data(run.config)
     dataset = open_truth(run.config)
     truth, rollouts, about = _sources(run, dataset)

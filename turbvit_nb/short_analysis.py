@@ -37,6 +37,7 @@ from turbvit_nb.forecast.starts import (
 from .lab.checkpoints import attributes, identify, results_in
 from .lab.config import LabError
 from .lab.progress import note, progress
+from .lab.ranks import together
 from .lab.results import file_mark, fingerprint, picked, read_netcdf, up_to_date, write_netcdf
 from .lab.runs import Run
 from .model import Emulator, load_emulator
@@ -79,6 +80,7 @@ def score_baselines(
     first = checkpoint.stem if spectrum is not None else ""
     scores.attrs = {"made_from": asked, "ceiling_from": first}
     write_netcdf(scores, target)
+    together()
     return read_netcdf(target)
 
 # %% ../nbs/05_short_analysis.ipynb #4f086562
@@ -227,10 +229,11 @@ def _made_again(
         scores = checkpoint_scores(run, name, stale[name], starts, baselines)
         scores = scores.assign_attrs(made_from=asked[name], **exponent)
         write_netcdf(scores, run.path / "short_analyses" / f"{name}.nc")
+    together()
 
 
 def short_analysis(run: Run) -> dict[str, xr.Dataset]:
-    "Score every checkpoint into `short_analyses/<name>.nc`; the scores by name. Whole ones are kept."
+    "Score every checkpoint into `short_analyses/<name>.nc`; the scores by name. Whole ones are kept; several ranks share the starts."
     ensure_data(run.config)
     if scored_section(run.config) == "validation_dataset":
         frames = "the validation frames, which have chosen the checkpoint"

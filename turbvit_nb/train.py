@@ -96,7 +96,7 @@ def build_validation(
 class Unroll(Callback):
     "Train through `steps` steps of the model's own once a fraction `start` of the epochs is done."
 
-    order = -20
+    order, spreads = -20, True
 
     def __init__(
         self,
@@ -120,6 +120,8 @@ class Unroll(Callback):
 # %% ../nbs/02_train.ipynb #bc986dbf
 class InputNoise(Callback):
     "Add Gaussian noise to the input frames: `scale` standard deviations of each field."
+
+    spreads = True
 
     def __init__(
         self,

@@ -79,7 +79,7 @@ def _save_array(path: Path, states: np.ndarray) -> int:  # CRC-32 of the file
 
 # %% ../../nbs/climate/00_rollouts.ipynb #be177f58
 class RolloutWriter:
-    "Collects the states of one rollout and writes them chunk by chunk."
+    "Collects the states of one rollout, this rank's alone, and writes them chunk by chunk."
 
     def __init__(
         self,
@@ -105,14 +105,14 @@ class RolloutWriter:
         "Write what is pending as one chunk. A full disk raises `LabError`."
         pending = bool(self.pending)
         if pending:
-            with atomic(self.folder / f"{self.first}.npy") as path:
+            with atomic(self.folder / f"{self.first}.npy", mine=True) as path:
                 self.sums[str(self.first)] = _save_array(path, np.stack(self.pending))
             self.pending = []
         return pending
 
     def describe(self, state: str, last: int, **more) -> None:
         "Write rollout.json: `state` is running, done or blown up, `last` the last valid step."
-        write_json(self.folder / "rollout.json", self.header | {"state": state, "last": last, "crc32": self.sums} | more)
+        write_json(self.folder / "rollout.json", self.header | {"state": state, "last": last, "crc32": self.sums} | more, mine=True)
 
 # %% ../../nbs/climate/00_rollouts.ipynb #14c50efc
 class Start(TypedDict, total=False):

@@ -14,17 +14,13 @@ from fastcore.basics import patch
 from .frames import DatasetConfig, FrameDataset, check_disjoint, folders, open_dataset
 from .generate import GenerateConfig, generate
 from ..lab.config import Config, LabError, data_path
-from ..lab.ranks import first_alone
 
 # %% ../../nbs/data/03_checks.ipynb #e34b68cc
 def ensure_data(
     config: Config,
 ) -> Path | None:  # the folder, or None if the config says nothing of making data
-    "Make the data of the config's `[generate]` section, if it has one and they are not there. Of several ranks the first makes them."
-    if not config.has("generate"):
-        return None
-    with first_alone():
-        return generate(config.section("generate"))
+    "Make the data of the config's `[generate]` section, if it has one and they are not there. All ranks make them together."
+    return generate(config.section("generate")) if config.has("generate") else None
 
 
 def is_pending(

@@ -14,13 +14,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from fastcore.basics import patch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ..lab.config import LabError, Section, data_path
 from ..lab.files import alone_in, read_checkpoint, read_json, write_checkpoint, write_json
 from ..lab.progress import clock, note, progress
-from ..lab.ranks import resolve_device
+from ..lab.ranks import agreed, all_say, first_alone, largest, ranks, resolve_device, share, together, told
 from ..physics.py2d import PACKED, PackedWriter, Regime, TreeWriter
 from ..physics.solver import Solver, random_vorticity
 
@@ -93,20 +95,26 @@ def size_in_bytes(cfg: GenerateConfig) -> int:
     return cfg.n_trajectories * cfg.n_frames * cfg.NX**2 * (4 if cfg.store == "packed" else 8)
 
 # %% ../../nbs/data/00_generate.ipynb #fb20dac2
-def _solver(cfg: GenerateConfig) -> Solver:
+def _solver(cfg: GenerateConfig, **how) -> Solver:
     "All trajectories at their initial conditions."
     omega0 = random_vorticity(cfg.regime().solved_NX, cfg.n_trajectories, cfg.seed)
-    return Solver(cfg.regime(), omega0.to(resolve_device(cfg.device)), scheme=cfg.scheme, dt=cfg.dt)
+    return Solver(cfg.regime(), omega0.to(resolve_device(cfg.device)), scheme=cfg.scheme, dt=cfg.dt, **how)
+
+
+def _pieces(solver: Solver) -> list[slice]:
+    "The trajectories as they can be shared among ranks: on a CPU those that go through the transforms together, so that the bits do not depend on the ranks; on an accelerator each."
+    n = len(solver.omega_hat)
+    return [slice(i, i + 1) for i in range(n)] if solver.omega_hat.device.type != "cpu" else solver.pieces
 
 
 def seconds_to_make(cfg: GenerateConfig) -> float:
-    "A rough estimate for this machine, from a few steps of the solver."
+    "A rough estimate for this machine and the ranks of this job, from a few steps of the solver."
     solver, few = _solver(cfg), 1.28 / cfg.regime().solved_NX  # time units
     t = 2 * cfg.dt if cfg.dt else min(cfg.t_save, few)
     solver.advance(t)  # the first call also makes buffers
     start = time.perf_counter()
     solver.advance(t)
-    return (time.perf_counter() - start) / t * (cfg.spin_up + cfg.n_frames * cfg.t_save)
+    return (time.perf_counter() - start) / t * (cfg.spin_up + cfg.n_frames * cfg.t_save) / min(ranks().world, len(_pieces(solver)))
 
 # %% ../../nbs/data/00_generate.ipynb #3d143a39
 def _made(root: Path, cfg: GenerateConfig, name: str = "generate.json") -> bool:
@@ -209,29 +217,55 @@ def _prepare(cfg: GenerateConfig, root: Path) -> None:
 
 # %% ../../nbs/data/00_generate.ipynb #aefb9555
 def generate(cfg: GenerateConfig) -> Path:  # the folder of the runs
-    "Make the data of a section, if they are not there; after a kill it goes on, to the same bits."
+    "Make the data of a section, if they are not there, by all ranks of the job; after a kill it goes on, to the same bits, on any number of ranks."
     root = data_path(cfg.data_dir)
+    with ExitStack() as held:
+        with first_alone():
+            due = _begun(cfg, root, held) if ranks().first else None
+        if told(due):
+            _simulate(cfg, root)
+            together()
+            if ranks().first:
+                _completed(cfg, root)
+    together()
+    return root
+
+
+def _begun(cfg: GenerateConfig, root: Path, held: ExitStack) -> bool:
+    "Whether the data are to be made; then the folder is ready, and its lock is kept in `held`."
     if _made(root, cfg):
-        return root
+        return False
     resolve_device(cfg.device)  # before anything is written
     _prepare(cfg, root)
-    with alone_in(root, f"another process is making the data in {root}; waiting for it"):
-        if not _made(root, cfg):
-            note(announcement(cfg, root))
-            write_json(root / "generate.part.json", description(cfg))
-            _simulate(cfg, root)
-            write_json(root / "generate.json", description(cfg))
-            for name in ("generate.part.json", "generate.state"):
-                (root / name).unlink(missing_ok=True)
-    return root
+    held.enter_context(alone_in(root, f"another process is making the data in {root}; waiting for it"))
+    if _made(root, cfg):
+        return False
+    note(announcement(cfg, root))
+    write_json(root / "generate.part.json", description(cfg))
+    return True
+
+
+def _completed(cfg: GenerateConfig, root: Path) -> None:
+    "Declare the data whole."
+    write_json(root / "generate.json", description(cfg))
+    for name in ("generate.part.json", "generate.state"):
+        (root / name).unlink(missing_ok=True)
 
 # %% ../../nbs/data/00_generate.ipynb #d7c85f2c
 KEEP = 20.0  # seconds
 
 
-def _writers(cfg: GenerateConfig, root: Path) -> list[TreeWriter | PackedWriter]:
-    "One per trajectory that is not finished."
-    regimes = [cfg.regime(ic) for ic in range(1, cfg.n_trajectories + 1)]
+def _mine(solver: Solver) -> tuple[slice, range]:
+    "The trajectories that this rank advances, and the numbers of those it writes; one that has none to write keeps step on the first."
+    pieces = _pieces(solver)
+    own = pieces[share(len(pieces))]
+    advanced = slice((own or pieces)[0].start, (own or pieces[:1])[-1].stop)
+    return advanced, range(advanced.start + 1, advanced.stop + 1) if own else range(0)
+
+
+def _writers(cfg: GenerateConfig, root: Path, numbers: range) -> list[TreeWriter | PackedWriter]:
+    "One per trajectory of these that is not finished."
+    regimes = [cfg.regime(ic) for ic in numbers]
     if cfg.store == "tree":
         return [TreeWriter(root, r) for r in regimes]
     files = {root / r.path() / PACKED: r for r in regimes}
@@ -243,22 +277,25 @@ def _resume(solver: Solver, file: Path, writers: list) -> int | None:
     if not file.exists():
         return None
     kept = read_checkpoint(file)
-    if any(w.last < kept["frame"] for w in writers):
+    if agreed(any(w.last < kept["frame"] for w in writers)):
         return None  # frames that did not reach the disk
     solver.load_state(kept["solver"])
     return kept["frame"]
 
 # %% ../../nbs/data/00_generate.ipynb #07d704ad
 def _simulate(cfg: GenerateConfig, root: Path):
-    "All trajectories, from the kept state or from the start."
+    "This rank's trajectories, from the kept state or from the start."
+    solver = _solver(cfg, most=largest)
+    mine, numbers = _mine(solver)
     with ExitStack() as held:
-        _go_on(cfg, [held.enter_context(closing(writer)) for writer in _writers(cfg, root)], root / "generate.state")
+        writers = [held.enter_context(closing(writer)) for writer in _writers(cfg, root, numbers)]
+        done = _resume(solver, root / "generate.state", writers)
+        _go_on(cfg, solver.only(mine), mine.start, writers, done, root / "generate.state")
 
 
-def _go_on(cfg: GenerateConfig, writers: list[TreeWriter | PackedWriter], file: Path):
-    "The frames that the writers lack, the state being kept in `file`."
-    solver = _solver(cfg)
-    done, kept = _resume(solver, file, writers), time.monotonic()
+def _go_on(cfg: GenerateConfig, solver: Solver, first: int, writers: list[TreeWriter | PackedWriter], done: int | None, file: Path):
+    "The frames that the writers lack, from trajectory `first` on, the state being kept in `file`."
+    kept = time.monotonic()
     if done is None:
         for _ in progress(range(round(cfg.spin_up / cfg.t_save)), desc="spinning up"):
             solver.advance(cfg.t_save)
@@ -270,17 +307,24 @@ def _go_on(cfg: GenerateConfig, writers: list[TreeWriter | PackedWriter], file: 
         solver.advance(cfg.t_save)
         omega = solver.omega.cpu().numpy()
         for writer in writers:
-            writer.append(n * cfg.t_save, omega[writer.regime.IC - 1])
-        if time.monotonic() - kept >= KEEP or n == cfg.n_frames:
-            _keep_state(cfg, solver, writers, n, file)
+            writer.append(n * cfg.t_save, omega[writer.regime.IC - 1 - first])
+        if agreed(time.monotonic() - kept >= KEEP or n == cfg.n_frames):
+            _keep_state(cfg, solver, first, writers, n, file)
             kept = time.monotonic()
     for writer in writers:
         writer.finish()
 
 # %% ../../nbs/data/00_generate.ipynb #ab4c5244
-def _keep_state(cfg: GenerateConfig, solver: Solver, writers: list, n: int, file: Path):
+def _whole(solver: Solver, first: int) -> dict[str, Any]:
+    "The state of all ranks' trajectories, of which this rank's begin with `first`."
+    parts = {begin: state for begin, state in all_say((first, {name: value.cpu() if isinstance(value, Tensor) else value for name, value in solver.state.items()}))}
+    joined = lambda name: torch.cat([parts[begin][name] for begin in sorted(parts)])
+    return {name: joined(name) if isinstance(value, Tensor) else value for name, value in parts[0].items()}
+
+
+def _keep_state(cfg: GenerateConfig, solver: Solver, first: int, writers: list, n: int, file: Path):
     "Keep the solver at frame `n`; in trees that Py2D can go on from, as restart states too."
     if cfg.store == "tree" and not cfg.filtered:
         for writer, before, now in zip(writers, *solver.restart_hats):
             writer.append_state(n * cfg.t_save, before, now)
-    write_checkpoint(file, {"frame": n, "solver": solver.state})
+    write_checkpoint(file, {"frame": n, "solver": _whole(solver, first)})

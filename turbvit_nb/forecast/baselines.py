@@ -25,6 +25,7 @@ from .starts import DATA_KEYS, GROUP, HISTORY, Starts, fitted_section, streamed
 from ..lab.config import Config, LabError
 from ..lab.files import atomic, earlier, read_arrays
 from ..lab.progress import note, progress
+from ..lab.ranks import first_alone
 from ..lab.results import fingerprint, is_same, picked
 from ..lab.runs import Run
 from ..physics.metrics import band_rms
@@ -168,7 +169,13 @@ def _fitted(config: Config) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/forecast/03_baselines.ipynb #49796fe7
 def baseline_fits(run: Run) -> Fits:
-    "The fits of a run, from `baselines/fits.npz` if it was made from the same frames."
+    "The fits of a run, from `baselines/fits.npz` if it was made from the same frames; of several ranks the first makes them."
+    with first_alone():
+        return _kept_fits(run)
+
+
+def _kept_fits(run: Run) -> Fits:
+    "The same, by this process."
     config, target = run.config, run.path / "baselines" / "fits.npz"
     settings, step = analysis_settings(config), config.section(scored_section(config)).target_step
     told = data_told(config, fitted_section(config), climate_section(config))
@@ -191,7 +198,7 @@ def truth_scores(starts: Starts) -> xr.Dataset:
     edges, box = starts.edges, Grid.of(starts.climate)
     of = lambda f: {"band_truth": band_rms(f, edges), "truth_spectrum": box.energy_spectrum(f[:, :2])}
     states = lambda group: (of(with_vorticity(state)) for state in group["truth"].unbind(2))
-    parts = list(map(lambda group: by_lead(states(group), starts.leads), starts.groups()))
+    parts = starts.each(lambda group: by_lead(states(group), starts.leads))
     joined = lambda name: np.concatenate([part[name] for part in parts])
     bands, spectra = joined("band_truth"), joined("truth_spectrum")
     variables = {"truth_spectrum": (("lead", "shell"), spectra.mean(0))}

@@ -19,6 +19,7 @@ from .starts import Starts
 from ..lab.config import LabError
 from ..lab.files import earlier, read_json, write_json
 from ..lab.progress import Meter
+from ..lab.ranks import first_alone
 from ..lab.runs import Run
 from turbvit_nb.physics.predictability import (
     error_like,
@@ -110,8 +111,9 @@ def flow_exponent(run: Run, starts: Starts) -> dict[str, float]:
         return dict.fromkeys(_EXPONENT, math.nan)
     target = run.path / "baselines" / "lyapunov.json"
     asked = {"flow": str(starts.flows[0]), "time": settings.lyapunov_time, "level": settings.level}
-    known = earlier(target, lambda path: read_json(path, _Kept, "it is measured again"))
-    if not known or known["made_from"] != asked:
-        known = {"made_from": asked} | _measured(starts, settings)
-        write_json(target, known)
+    with first_alone():
+        known = earlier(target, lambda path: read_json(path, _Kept, "it is measured again"))
+        if not known or known["made_from"] != asked:
+            known = {"made_from": asked} | _measured(starts, settings)
+            write_json(target, known)
     return {name: known[name] for name in _EXPONENT}

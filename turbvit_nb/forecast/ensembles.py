@@ -64,7 +64,7 @@ def score_ensemble(
         pairs = zip(states(group), group["truth"].unbind(2), strict=True)
         return by_lead((score_members(*pair, starts.climate) for pair in pairs), starts.leads)
 
-    parts = list(map(scored, starts.groups(copies=members)))
+    parts = starts.each(scored, copies=members)
     joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     ranks = joined.pop("rank_count").sum(0)
     variables = {key: (("ensemble", "start", "lead", "field"), values[None]) for key, values in joined.items()}
@@ -86,12 +86,12 @@ def ensemble_states(
     "The members' velocities, lead by lead."
     x, cond, rows = group["x"], group["cond"], group["rows"].tolist()
     if spectrum is None:
-        yield from emulate(emulator, x, steps, cond, members, SEED + rows[0])
+        yield from emulate(emulator, x, steps, cond, [SEED + row for row in rows], members)
         return
     nudge = torch.cat([error_like(spectrum, members, x.shape[-1], seed=SEED + row) for row in rows])
     nudge = Grid.of(nudge).velocity(nudge).to(x)[:, :, None]
     several = x.repeat_interleave(members, 0) + nudge
-    for state in emulate(emulator, several, steps, cond.repeat_interleave(members, 0)):
+    for state in emulate(emulator, several, steps, cond.repeat_interleave(members, 0), range(len(several))):
         yield state.unflatten(0, (len(x), members))
 
 

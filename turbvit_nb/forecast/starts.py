@@ -8,14 +8,16 @@ __all__ = ['HISTORY', 'DATA_KEYS', 'GROUP', 'READ', 'AT_ONCE', 'start_samples', 
            'shown_leads', 'example_fields']
 
 # %% ../../nbs/forecast/02_starts.ipynb #77d737ca
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from fastcore.basics import patch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from turbvit_nb.datasets import (
     FIELDS,
@@ -29,7 +31,9 @@ from turbvit_nb.datasets import (
 from .keys import analysis_settings
 from .scores import as_dataset, band_edges, score_states, with_vorticity
 from ..lab.config import Config, LabError, Section
+from ..lab.learner import step_generator
 from ..lab.progress import note
+from ..lab.ranks import all_say, ranks, share
 from ..model import Emulator, rollout
 from ..physics.py2d import Regime
 from ..physics.spectral import Grid
@@ -120,7 +124,7 @@ class Starts:
 # %% ../../nbs/forecast/02_starts.ipynb #c1ef5149
 GROUP = 2**28  # bytes of truth, and of states, that are held at once
 READ = 8  # starts that are read at once
-AT_ONCE = 64  # states that an emulator advances at once on a CPU, where more do not fit into the cache and are slower
+AT_ONCE = 16  # states that an emulator advances at once on a CPU, where more do not fit into the cache and are slower
 
 
 @patch
@@ -141,17 +145,27 @@ def group(
 
 # %% ../../nbs/forecast/02_starts.ipynb #67d3a306
 @patch
-def groups(
+def spans(
     self: Starts,
-    copies: int = 1,  # states per start that the caller holds at once
-) -> Iterator[dict[str, Tensor]]:
-    "All starts, in order, a `group` at a time."
-    state = 2 * self.dataset.NX**2 * 4
-    size = GROUP // (state * max(self.leads, 16 * copies))
-    size = max(1, min(size, AT_ONCE // copies) if self.device.type == "cpu" else size)
-    rows = range(len(self.samples))
-    for first in rows[::size]:
-        yield self.group(rows[first : first + size])
+    copies: int = 1,  # states per start that are held at once
+) -> list[range]:
+    "The rows of each group. On a CPU they do not depend on the ranks, on an accelerator each rank has one at least."
+    state, rows = 2 * self.dataset.NX**2 * 4, range(len(self.samples))
+    most = AT_ONCE // copies if self.device.type == "cpu" else math.ceil(len(rows) / ranks().world)
+    size = max(1, min(GROUP // (state * max(self.leads, 16 * copies)), most))
+    return [rows[first : first + size] for first in rows[::size]]
+
+
+@patch
+def each(
+    self: Starts,
+    of: Callable[[dict[str, Tensor]], Any],  # of a `group`
+    copies: int = 1,  # states per start that it holds at once
+) -> list[Any]:
+    "What `of` says of all starts, a group at a time, in order; of several ranks each asks it of its share. On a CPU the bits do not depend on the ranks."
+    spans = self.spans(copies)
+    said = all_say([of(self.group(rows)) for rows in spans[share(len(spans))]])
+    return [one for part in said for one in part]
 
 # %% ../../nbs/forecast/02_starts.ipynb #9171e023
 def from_velocity(
@@ -170,12 +184,13 @@ def emulate(
     x: Tensor,  # (B, 2, ≥ T, N, N): velocities, newest first
     steps: int,
     cond: Tensor,  # (B, P)
+    seeds: Sequence[int],  # (B,), of the noise of one that draws
     members: int = 1,  # of a generative emulator
-    seed: int = 0,  # of its noise
 ) -> Iterator[Tensor]:  # (B, 2, N, N), or (B, M, 2, N, N) with several members
     "The velocities of an emulator's rollout, whatever fields it works in."
     x0 = from_velocity(x[:, :, : emulator.num_frames], emulator.fields)
-    states = rollout(emulator, x0, steps, members, cond, Generator().manual_seed(seed))
+    generators = [step_generator(seed, m) for seed in seeds for m in range(members)]
+    states = rollout(emulator, x0, steps, members, cond, generators)
     return (to_velocity(state, emulator.fields) for state in states)
 
 # %% ../../nbs/forecast/02_starts.ipynb #45ad4180
@@ -186,21 +201,21 @@ def score_forecast(
 ) -> xr.Dataset:
     "Scores of one forecast from all starts."
     scored = lambda group: score_states(states(group), group["truth"], starts.climate, starts.edges)
-    return as_dataset(list(map(scored, starts.groups())), name)
+    return as_dataset(starts.each(scored), name)
 
 
 def score_emulator(emulator: Emulator, starts: Starts) -> xr.Dataset:
     "Scores of an emulator from all starts, batched."
-    roll = lambda group: emulate(emulator, group["x"], starts.leads, group["cond"], seed=int(group["rows"][0]))
+    roll = lambda group: emulate(emulator, group["x"], starts.leads, group["cond"], group["rows"].tolist())
     return score_forecast(starts, "emulator", roll)
 
 
 def one_step_error(emulator: Emulator, starts: Starts) -> Tensor:
     "Energy of the error of the first step per shell (shells,), mean over starts."
-    first = lambda group: next(emulate(emulator, group["x"], 1, group["cond"])).double()
+    first = lambda group: next(emulate(emulator, group["x"], 1, group["cond"], group["rows"].tolist())).double()
     error = lambda group: first(group) - group["truth"][:, :, 0]
-    errors = map(error, starts.groups())
-    return sum(Grid.of(e).energy_spectrum(e).sum(0) for e in errors) / len(starts.samples)
+    spectrum = lambda e: Grid.of(e).energy_spectrum(e).sum(0).cpu()
+    return sum(starts.each(lambda group: spectrum(error(group)))) / len(starts.samples)
 
 # %% ../../nbs/forecast/02_starts.ipynb #fd24bb54
 _SHOWN = (0.0, 0.05, 0.1, 0.17, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -217,7 +232,7 @@ def example_fields(
 ) -> xr.Dataset:
     "Vorticity (shown_lead, x, y) of the truth and of the forecast from the first start, float32."
     group, wanted = starts.group([0]), shown_leads(starts.leads)
-    states = enumerate(emulate(emulator, group["x"], starts.leads, group["cond"]), 1)
+    states = enumerate(emulate(emulator, group["x"], starts.leads, group["cond"], [0]), 1)
     kept = [state for lead, state in states if lead in wanted]
     truth = group["truth"][0, :, [lead - 1 for lead in wanted]].transpose(0, 1)
     both = {"omega_emulator": torch.cat(kept), "omega_truth": truth}

@@ -61,10 +61,11 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def atomic(
     path: str | os.PathLike,  # the file to make or replace
+    mine: bool = False,  # whether it is this rank's part, that no other makes
 ) -> Iterator[Path]:  # where to write it in the meantime: beside it, with the same suffix
-    "A file that appears whole or not at all; the folder is made. A full disk raises `LabError`. Of several ranks the first writes."
+    "A file that appears whole or not at all; the folder is made. A full disk raises `LabError`. What several ranks make the first writes."
     path = Path(path)
-    if not ranks().first:
+    if not mine and not ranks().first:
         with tempfile.TemporaryDirectory(prefix="turbvit-") as folder:
             yield Path(folder) / path.name
         return
@@ -151,9 +152,10 @@ def write_json(
     path: Path,
     value: Any,  # plain
     ensure_ascii: bool = True,  # False keeps every sign as it is, for people who look into the file
+    mine: bool = False,  # of `atomic`
 ) -> None:
     "Write a record, whole or not at all."
-    with atomic(path) as part:
+    with atomic(path, mine) as part:
         part.write_text(json.dumps(value, indent=1, ensure_ascii=ensure_ascii) + "\n", encoding="utf-8")
 
 # %% ../../nbs/lab/03_files.ipynb #52f0a211

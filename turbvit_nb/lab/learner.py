@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import LabError
 from .progress import Meter
 from .ranks import agreed, averaged, ranks, told
+from .sharding import gathered, in_one_piece, own_slice, spread, spread_like
 
 # %% ../../nbs/lab/06_learner.ipynb #3fe1aa08
 class EpochBatches(Protocol):
@@ -52,6 +53,7 @@ class Callback:
     "Something that happens around steps. Its methods are the `EVENTS`, each given the learner."
 
     order = 0  # callbacks with a lower number act first
+    spreads = False  # whether it can be where the weights are spread over the ranks
     remembers: tuple[str, ...] = ()  # attributes that a resume needs
 
     def state(self) -> dict:
@@ -87,11 +89,12 @@ class Learner:
         autocast: torch.dtype | None = None,  # `losses` runs in it; None: in whatever it chooses itself
         weights: nn.Module | None = None,  # the part that is the checkpoint's `model_state`; the model
         accumulate: int = 1,  # batches whose gradients make one step of the optimizer
+        sharded: Sequence[nn.Module] | None = None,  # spread `weights` over the ranks, these parts each by itself; None: each rank has all
     ):
         self.model, self.losses, self.batches, self.optimizer = model, losses, batches, optimizer
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self.epochs, self.device, self.weights = epochs, torch.device(device), weights or model
-        self.autocast, self.accumulate = autocast, accumulate
+        self.autocast, self.accumulate, self.sharded = autocast, accumulate, sharded
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
         self.epoch = self.batch_index = self.step = self.updates = 0
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -226,17 +229,24 @@ class _Losses(nn.Module):
 @patch
 def _share(self: Learner) -> None:
     "Train with the other ranks, where there are some: from the weights of the first on."
-    if not ranks().alone:
+    if not ranks().alone and self.sharded is None:
         self.shared = DistributedDataParallel(_Losses(self), find_unused_parameters=True)
 
 
 @patch
 def _with_others(self: Learner, due: bool) -> AbstractContextManager:
-    "Gradients are averaged over the ranks where a step of the optimizer is due; each rank drops units of its own."
-    if self.shared is None:
-        return nullcontext()
-    torch.manual_seed(hash((self.step, ranks().rank)) % 2**63)
-    return nullcontext() if due else self.shared.no_sync()
+    "Gradients are averaged over the ranks where a step of the optimizer is due, and at once where they are spread; each rank drops units of its own."
+    if not ranks().alone:
+        torch.manual_seed(hash((self.step, ranks().rank)) % 2**63)
+    return nullcontext() if due or self.shared is None else self.shared.no_sync()
+
+
+@patch
+def _spread(self: Learner) -> None:
+    "Go on with this rank's part of the weights and of what the optimizer remembers, where they are to be spread."
+    if self.sharded is not None:
+        self.model.to(self.device)
+        spread(self.weights, self.sharded, self.optimizer, self.device)
 
 
 @patch
@@ -252,6 +262,7 @@ def _stopping(self: Learner) -> bool:
 def fit(self: Learner) -> Learner:
     "Train until `epochs` are done or a callback sets `stop`."
     self.stop = None
+    self._spread()
     try:
         self.call("before_fit")
         self._share()
@@ -451,7 +462,7 @@ class EMA(Callback):
     def before_fit(self, learner: Learner) -> None:
         "Begin with the weights as they are, unless resumed; the average is where they are."
         now = learner.weights.state_dict()
-        self.average = _copied(now if self.average is None else {name: value.to(now[name].device) for name, value in self.average.items()})
+        self.average = _copied(now if self.average is None else {name: spread_like(value, now[name]) for name, value in self.average.items()})
 
     def load_state(self, state: dict) -> None:
         "Take back what `state` gave."
@@ -462,7 +473,7 @@ class EMA(Callback):
         decay = min(self.decay, (1 + learner.updates) / (10 + learner.updates))
         now = learner.weights.state_dict()
         moving = [name for name, value in now.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.average[n] for n in moving], [now[n] for n in moving], 1 - decay)
+        torch._foreach_lerp_([own_slice(self.average[n]) for n in moving], [own_slice(now[n]) for n in moving], 1 - decay)
         for name in now.keys() - set(moving):
             self.average[name].copy_(now[name])
 
@@ -498,7 +509,7 @@ class Validate(Callback):
             return
         learner.model.eval()
         learner.call("before_validate")
-        with torch.no_grad():
+        with torch.no_grad(), in_one_piece(learner.weights):
             learner.metrics |= told(self.function(learner))
         learner.call("after_validate")
 
@@ -575,7 +586,7 @@ def write(self: Checkpoint, learner: Learner, name: str) -> None:
     for callback in learner.callbacks:
         if isinstance(callback, EMA):
             state["ema_state"] = callback.average
-    self.save(self.prefix + name, state)
+    self.save(self.prefix + name, gathered(state))
     if name == "last":
         self.saved, self.clock = learner.step, time.monotonic()
 

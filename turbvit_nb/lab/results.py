@@ -19,6 +19,7 @@ from .checkpoints import Identity, identity_from
 from .config import Section, code_version
 from .files import atomic, check_room, earlier
 from .progress import note
+from .ranks import ranks, told
 
 # %% ../../nbs/lab/08_results.ipynb #841bb6c9
 def picked(
@@ -92,7 +93,12 @@ def up_to_date(
     path: Path,  # of a NetCDF result with the attribute `made_from`
     asked: str,  # the fingerprint of what is wanted
 ) -> xr.Dataset | None:
-    "What the file holds, if it is there, whole, and made from the same things."
+    "What the file holds, if it is there, whole, and made from the same things. Of several ranks the first looks for all."
+    return told(_known(path, asked) if ranks().first else None)
+
+
+def _known(path: Path, asked: str) -> xr.Dataset | None:
+    "The same, by this process."
     known = earlier(path, read_netcdf)
     if known is None or not is_same(known.attrs.get("made_from"), asked):
         return None

@@ -8,6 +8,7 @@ __all__ = ['PRECISION', 'LoopConfig', 'build_optimizer', 'restored_optimizer', '
 
 # %% ../../nbs/lab/07_training.ipynb #a110ee7c
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -21,8 +22,10 @@ from . import learner as lab
 from .checkpoints import Identity, check_owner, save
 from .config import LabError, Section, ours, registry
 from .learner import Callback, EpochBatches, Learner
-from .ranks import told
+from .progress import note
+from .ranks import ranks, told
 from .runs import Run, Stopped
+from .sharding import gathered
 
 # %% ../../nbs/lab/07_training.ipynb #2a1ecf8d
 class LoopConfig(Section):
@@ -43,6 +46,7 @@ class LoopConfig(Section):
     clip: float | None = Field(1.0, gt=0)  # largest norm of the gradient
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast
+    sharded: bool = False  # spread weights, gradients and moments over the ranks: for a model that does not fit one device
     compile: bool = False  # let torch.compile make kernels of what is trained
     activation_checkpointing: bool = False  # compute what repeated parts keep for the backward pass again: less memory, more time
     validate_every: int = Field(1, ge=1)  # epochs
@@ -55,6 +59,12 @@ class LoopConfig(Section):
         "A file that tunes the plateau means the plateau."
         tuned = "schedule" not in keys and keys.keys() & {"plateau_factor", "plateau_patience"}
         return keys | {"schedule": "plateau"} if tuned else keys
+
+    @model_validator(mode="after")
+    def _goes_together(self):
+        if self.sharded and self.precision == "fp16":
+            raise ValueError('sharded = true needs precision = "bf16" or "fp32": gradients of fp16 are scaled in one piece')
+        return self
 
 # %% ../../nbs/lab/07_training.ipynb #866093c9
 def build_optimizer(
@@ -189,20 +199,23 @@ def fit(
 ) -> Learner:  # done
     "Train; keep `<prefix>best` and `<prefix>last`. Raises `LabError`; `Stopped` when not done."
     check_owner(run, *(prefix + name for name in ("last", "best", "epoch*")))
+    added, whole = [*announced(run, batches), *callbacks], (model, weights)
+    if sharded := _to_spread(run, settings, added, optimizer):
+        model, weights, state = _apart(model, weights, state)
     store = dict(monitor=monitor, higher=higher, period=settings.checkpoint_period, prefix=prefix)
     name = prefix.rstrip("_") or run.stage
     own = [*loop_callbacks(settings, monitor, higher), lab.Validate(validate, settings.validate_every)]
     own += run_callbacks(run, state, identity, name, ("loss", *show, monitor), **store)
-    own += announced(run, batches)
     precision = autocast_dtype(settings.precision, run.device) if autocast else None
     learner = Learner(
-        model, _taken(weights or model, losses, settings), batches,
-        optimizer or build_optimizer(weights or model, settings), [*own, *callbacks], settings.epochs,
-        run.device, precision, weights, settings.accumulate,
+        model, _taken(weights or model, losses, settings, sharded), batches,
+        optimizer or build_optimizer(weights or model, settings), [*own, *added], settings.epochs,
+        run.device, precision, weights, settings.accumulate, repeated(weights or model) if sharded else None,
     )
     if told(run.has(f"{prefix}last")):
-        learner.load_state(run.load(f"{prefix}last", run.device))
-    return _completed(run, learner.fit())
+        learner.load_state(run.load(f"{prefix}last", "cpu" if sharded else run.device))
+    _completed(run, learner.fit())
+    return _put_back(learner, *whole) if sharded else learner
 
 # %% ../../nbs/lab/07_training.ipynb #334648f3
 def _with_forwards(losses: Callable, forwards: dict[nn.Module, Callable]) -> Callable:
@@ -227,12 +240,14 @@ def repeated(network: nn.Module) -> list[nn.Module]:
     return [part for child in network.children() for part in repeated(child)]
 
 
-def _taken(part: nn.Module, losses: Callable, settings: LoopConfig) -> Callable:
-    "The losses as the settings want them taken."
+def _taken(part: nn.Module, losses: Callable, settings: LoopConfig, sharded: bool = False) -> Callable:
+    "The losses as the settings want them taken. Weights that are spread are fetched outside of the kernels."
+    kernels = (repeated(part) if sharded else [part]) if settings.compile else []
+    forwards = {module: torch.compile(module.forward) for module in kernels}
     if settings.activation_checkpointing:
-        again = lambda module: partial(checkpoint, module.forward, use_reentrant=False)
-        losses = _with_forwards(losses, {module: again(module) for module in repeated(part)})
-    return _with_forwards(losses, {part: torch.compile(part.forward)}) if settings.compile else losses
+        again = lambda module: partial(checkpoint, forwards.get(module, module.forward), use_reentrant=False)
+        forwards |= {module: again(module) for module in repeated(part)}
+    return _with_forwards(losses, forwards) if forwards else losses
 
 
 def _completed(run: Run, learner: Learner) -> Learner:
@@ -240,4 +255,43 @@ def _completed(run: Run, learner: Learner) -> Learner:
     if not learner.done:
         where = f"epoch {learner.position:.2f} of {learner.epochs}"
         raise Stopped(f"stopped by {learner.stop} at {where}; {run.how_to_resume}")
+    return learner
+
+# %% ../../nbs/lab/07_training.ipynb #5a4d1002
+def _to_spread(run: Run, settings: LoopConfig, added: Iterable[Callback], optimizer: torch.optim.Optimizer | None) -> bool:
+    "Whether the weights are to be spread over the ranks. Raises `LabError` where they cannot be."
+    if not settings.sharded:
+        return False
+    whole = [type(callback).__name__ for callback in added if not callback.spreads]
+    if whole or optimizer is not None:
+        wants = ", ".join(whole) or "its optimizer"
+        raise LabError(f"sharded = true does not go with stage {run.stage}: {wants} needs the weights in one piece on every rank; leave it out")
+    if ranks().alone:
+        note("sharded = true: a process alone keeps all weights; --nproc gives it company")
+    return not ranks().alone
+
+
+def _apart(
+    model: nn.Module,  # moved to the processor
+    weights: nn.Module | None,  # the part of it that is trained; the model
+    state: Callable[[], dict[str, Any]],  # what a checkpoint holds of it
+) -> tuple[nn.Module, nn.Module, Callable[[], dict[str, Any]]]:
+    "A copy to be spread, the part of it that is trained, and what a checkpoint holds by then."
+    model.to("cpu")
+    name = next(name for name, module in model.named_modules() if module is (weights or model))
+    copied = deepcopy(model)
+
+    def by_then() -> dict[str, Any]:
+        found = gathered(copied.state_dict())
+        if ranks().first:
+            model.load_state_dict(found)
+        return state()
+
+    return copied, copied.get_submodule(name), by_then
+
+
+def _put_back(learner: Learner, model: nn.Module, weights: nn.Module | None) -> Learner:
+    "The learner with the model that was given, in one piece on every rank, with the weights of the copy."
+    model.load_state_dict(gathered(learner.model.state_dict(), everywhere=True))
+    learner.model, learner.weights = model.to(learner.device), weights or model
     return learner

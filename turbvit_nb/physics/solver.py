@@ -236,8 +236,9 @@ STAGE_C = (0.0, 0.032918605146, 0.249351723343, 0.466911705055, 0.582030414044, 
 # %% ../../nbs/physics/02_solver.ipynb #9cd6ae6d
 class _Exact:
     "Integrating-factor Runge-Kutta steps of a flow; `dt` is the longest step, or None to choose."
-    def __init__(self, flow: _Flow, dt: float | None):
+    def __init__(self, flow: _Flow, dt: float | None, most: Callable[[float], float] = float):
         self.flow, self.dt, self.factors = flow, dt, lru_cache(maxsize=4)(self._factors)
+        self.most = most
 
     def _factors(self, dt: float) -> list[tuple]:
         "For each stage A, B, exp(Lτ), and what the forcing adds to W = Δt ω̂."
@@ -286,7 +287,7 @@ def choose(
     uv_hat = torch.stack(
         [1j * m.ky * m.inverse_k2 * omega_hat, -1j * m.kx * m.inverse_k2 * omega_hat]
     )
-    speed = torch.hypot(*m.grid.inverse(m.unpack(uv_hat))).max().item()
+    speed = self.most(torch.hypot(*m.grid.inverse(m.unpack(uv_hat))).max().item())
     if speed > 1e4: raise BlowUp(
         f"a velocity of {speed:.3g} is too fast for any step: check the units of the initial "
         "vorticity, or pass dt"
@@ -320,6 +321,7 @@ class Solver:
         time: float = 0.0,  # Time of `omega0`
         dtype: torch.dtype = torch.float64,  # Precision of the integration
         workers: int | None = None,  # Processes on a CPU; default torch.get_num_threads()
+        most: Callable[[float], float] = float,  # The largest of a number among all who advance flows in step with these
     ):
         _check_regime(regime.solved)
         omega0 = torch.as_tensor(omega0).to(dtype)
@@ -332,7 +334,7 @@ class Solver:
         if not batch.isfinite().all(): raise ValueError("omega0 holds values that are not finite")
         self.regime, self.scheme, self.shape, self.time = regime, scheme, omega0.shape, float(time)
         self.flow = _Flow(regime.solved, str(omega0.device), dtype)
-        self.stepper = _stepper(self.flow, scheme, dt)
+        self.stepper, self.most = _stepper(self.flow, scheme, dt, most), most
         self.workers, self._crew, self._advection = workers or torch.get_num_threads(), None, None
         self.omega_hat = self.previous_hat = self.modes.pack(self.modes.grid.transform(batch))
 
@@ -341,18 +343,19 @@ class Solver:
         return f"Solver({self.regime}, scheme='{self.scheme}', {flows})"
 
 # %% ../../nbs/physics/02_solver.ipynb #b14eed5c
-def _stepper(flow: _Flow, scheme: str, dt: float | None) -> _Py2D | _Exact:
+def _stepper(flow: _Flow, scheme: str, dt: float | None, most: Callable) -> _Py2D | _Exact:
     if dt is not None and not dt > 0: raise ValueError(f"a time step is positive, not dt={dt}")
     if scheme == "py2d": return _Py2D(flow, dt or flow.regime.dt)
-    if scheme == "exact": return _Exact(flow, dt)
+    if scheme == "exact": return _Exact(flow, dt, most)
     raise ValueError(f"unknown scheme '{scheme}': choose 'exact' or 'py2d'")
 
 
 @patch(as_prop=True)
 def omega(self: Solver) -> torch.Tensor:
     "The vorticity now (…, NX, NX): of filtered DNS, the waves that its frames hold."
-    whole = self.modes.grid.inverse(self.modes.unpack(self.omega_hat)).reshape(self.shape)
-    return self.modes.grid.resample(whole, self.regime.NX)
+    field = lambda flows: self.modes.grid.inverse(self.modes.unpack(flows))
+    frames = [self.modes.grid.resample(field(self.omega_hat[piece]), self.regime.NX) for piece in self.pieces]
+    return torch.cat(frames).reshape(*self.shape[:-2], self.regime.NX, self.regime.NX)
 
 # %% ../../nbs/physics/02_solver.ipynb #40a596de
 @patch(as_prop=True)
@@ -482,7 +485,7 @@ def _sound_leg(
     for finer in (1, 2, 4) if chosen else (1,):
         after = self._leg(flows, finer * steps, dt / finer)
         sound = self._size(after[0]) <= most
-        if sound.all(): break
+        if not self.most(not sound.all()): break
     self._check(sound & self._size(after[0]).isfinite(), time, dt / finer)
     return after
 
@@ -566,6 +569,17 @@ def load_state(
         )
     self.time, self.omega_hat = state["time"], there.to(here.device, copy=True)
     self.previous_hat = state.get("previous_hat", there).to(here.device, copy=True)
+
+
+@patch
+def only(
+    self: Solver,
+    flows: slice,  # Of a batch; at least one
+) -> Solver:  # itself
+    "Leave the other flows to somebody else. Whole `pieces` go on to the same bits as among all."
+    self.omega_hat, self.previous_hat = self.omega_hat[flows], self.previous_hat[flows]
+    self.shape = (len(self.omega_hat), *self.shape[1:])
+    return self
 
 # %% ../../nbs/physics/02_solver.ipynb #d72f5393
 @patch(cls_method=True)
