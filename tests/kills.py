@@ -26,8 +26,10 @@ import xarray as xr
 
 from turbvit_nb.lab import learner, runs
 from turbvit_nb.lab.config import find_config, in_one_line, is_users
-from turbvit_nb.lab.files import read_checkpoint
-from turbvit_nb.lab.runs import open_run, stages
+from turbvit_nb.lab.files import atomic, read_checkpoint
+from turbvit_nb.lab.runs import history, open_run, stages
+from turbvit_nb.lab.sweeping import Sweeping, choose
+from turbvit_nb.lab.sweeps import Task, read_sweep
 
 STRACE = shutil.which("strace")
 WRITES = "write,pwrite64,writev,rename,renameat2,fsync,fdatasync,ftruncate,unlink,mkdir,fallocate"
@@ -50,6 +52,11 @@ class Stage:
     before: tuple[str, ...] = ()
     run_name: str = "r"
 
+    @property
+    def folders(self) -> list[str]:
+        "Of its runs."
+        return [self.run_name]
+
     def open(self):
         "As the user would: the run folder where the stage has been begun there, else the config."
         folder = Path(os.environ["TURBVIT_RUNS"]) / self.run_name
@@ -64,6 +71,47 @@ class Stage:
             module, name = where.split(":")
             getattr(importlib.import_module(f"turbvit_nb.{module}"), name)(run)
         run.finish()
+
+
+STUDY = """[sweep]
+name = "study"
+base = "configs/smoke/train.toml"
+run = "study/{seed}"
+chapters = ["02_train"]
+jobs = 2
+grid = { seed = [0, 1] }
+
+[[sweep.also]]
+part = "late"
+run = "study/late"
+needs = "part1"
+grid = {}
+"""
+POINT = """import sys, torch
+from turbvit_nb.lab.runs import open_run
+run = open_run(sys.argv[1], "train", sys.argv[2:])
+run.save("best", {"seed": run.config.top.seed, "w": torch.ones(3)})
+run.finish()"""
+
+
+class Study:
+    "A sweep: two runs side by side and one that waits for them, whose jobs leave a model and are done."
+
+    before, folders = (), ["study/0", "study/1", "study/late"]
+
+    def run(self) -> None:
+        "Do it, or go on with it."
+        file = Path(os.environ["TURBVIT_DATA"]).with_name("study.toml")
+        with atomic(file) as part:
+            part.write_text(STUDY)
+        sweep = read_sweep(file)
+        for _ in Sweeping(sweep, 2, choose(sweep), self.command):
+            pass
+
+    def command(self, task: Task) -> list[str]:
+        "The job of a run, which goes on where it has begun."
+        begun = "train" in history(task.point.folder)
+        return [sys.executable, "-c", POINT, *([str(task.point.folder)] if begun else [str(task.point.base), *task.point.overrides])]
 
 
 SMALL = ("training.epochs=2", "training.rollout_steps=5", "training.rollout_starts=2")
@@ -86,7 +134,8 @@ STAGES = {stage.name: stage for stage in (
     Stage("condition", "configs/smoke/condition.toml", ("condition.epochs=4", "condition.validate_every=2")),
     Stage("classes", "configs/smoke/classes.toml", ("classes.epochs=2", "classes.count=200")),
     Stage("images", "configs/smoke/images.toml", ("flow.epochs=2", "images.count=200")),
-)}
+    Stage("deploy", COMPARE, (*ANALYSED, "deploy.backends=['torch', 'onnxruntime']", "deploy.check_frames=8", "deploy.rollout_steps=5", "deploy.repeats=3"), ("train",)),
+)} | {"sweep": Study()}
 
 
 def generate_data() -> None:
@@ -219,7 +268,7 @@ TIMES = {"seconds", "joules", "started", "ended", "changed", "opened", "process"
 
 def _of_a_clock(key: str) -> bool:
     "Whether a value of this name is another one every time."
-    return key in TIMES or key.endswith("_seconds") or key.split(" ")[0] in ("ms", "speed-up")
+    return key in TIMES or key.endswith("_seconds") or key.split(" ")[0] in ("ms", "speed-up", "ratio")
 
 
 def _timeless(value: object) -> object:
@@ -255,12 +304,12 @@ def _read(path: Path) -> object:
     return path.read_bytes()
 
 
-UNCOMPARED = {".lock", "latency.json", "files.json"}
+UNCOMPARED = {".lock", ".sweep", "latency.json", "files.json"}
 
 
 def contents(folder: Path) -> dict[str, object]:  # by path in the folder
     "Everything a folder holds."
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in UNCOMPARED)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in UNCOMPARED and path.suffix != ".log")
     return {str(path.relative_to(folder)): _read(path) for path in files}
 
 

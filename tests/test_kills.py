@@ -98,7 +98,8 @@ def lives(world: World, name: str, home: Path, *deaths: dict) -> list[dict]:
     ends, hurt = [], []
     for how in [*deaths, {}]:
         ends.append(world.server.life(name, home, world.data, **how))
-        hurt += [finding for finding in examined(home / STAGES[name].run_name, lambda items, desc: items) if finding.grade == GRAVE]
+        folders = [home / folder for folder in STAGES[name].folders if (home / folder).exists()]
+        hurt += [finding for folder in folders for finding in examined(folder, lambda items, desc: items) if finding.grade == GRAVE]
     said = f"{name} after {deaths}: {ends}"
     assert ends[-1]["code"] == 0 and not hurt, f"{said}; {hurt}"
     assert differences(contents(home), world.reference(name).after) == [], said
@@ -109,7 +110,7 @@ def lives(world: World, name: str, home: Path, *deaths: dict) -> list[dict]:
 def test_killed_at_a_call_and_at_a_moment(name, world, tmp_path):
     home, reference, chance = world.begin(name, tmp_path), world.reference(name), random.Random(name)
     ends = lives(world, name, home, reference.call(chance), reference.moment(chance))
-    assert ends[0]["code"] == -9, ends
+    assert ends[0]["code"] == -9 or name == "sweep" and ends[0]["code"] == 1, ends  # the call may have been one of its jobs', which failed
 
 
 def ran_out(end: dict) -> bool:
