@@ -80,12 +80,6 @@ run = "study/{seed}"
 chapters = ["02_train"]
 jobs = 2
 grid = { seed = [0, 1] }
-
-[[sweep.also]]
-part = "late"
-run = "study/late"
-needs = "part1"
-grid = {}
 """
 POINT = """import sys, torch
 from turbvit_nb.lab.runs import open_run
@@ -95,9 +89,9 @@ run.finish()"""
 
 
 class Study:
-    "A sweep: two runs side by side and one that waits for them, whose jobs leave a model and are done."
+    "A sweep: two runs side by side, whose jobs leave a model and are done."
 
-    before, folders = (), ["study/0", "study/1", "study/late"]
+    before, folders = (), ["study/0", "study/1"]
 
     def run(self) -> None:
         "Do it, or go on with it."
@@ -181,10 +175,10 @@ def _fork(name: str, words: socket.socket) -> tuple[int, int]:  # process; what 
         os._exit(code)
 
 
-def _traced(process: int, log: str, inject: list[str]) -> subprocess.Popen:
-    "strace on a process, from now on."
+def _traced(process: int, log: str, inject: list[str], whole: bool) -> subprocess.Popen:
+    "strace on a process, from now on; on the whole of it: its threads, and what it starts."
     rules = [word for rule in inject for word in ("-e", f"inject={rule}")]
-    tracer = subprocess.Popen([STRACE, "-f", "-q", "-o", log, "-e", f"trace={WRITES}", *rules, "-p", str(process)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tracer = subprocess.Popen([STRACE, *(["-f"] if whole else []), "-q", "-o", log, "-e", f"trace={WRITES}", *rules, "-p", str(process)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while "TracerPid:\t0" in Path(f"/proc/{process}/status").read_text() and tracer.poll() is None:
         time.sleep(0.005)
     return tracer
@@ -203,7 +197,7 @@ def life(
     inject = [f"{call}:signal=KILL:when={n}" for call, n in kill.items()] + [f"{call}:error=ENOSPC:when={n}+" for call, n in full.items()]
     with TemporaryDirectory() as folder:
         process, opener = _fork(name, theirs)
-        tracer = _traced(process, f"{folder}/calls", inject) if inject or count else None
+        tracer = _traced(process, f"{folder}/calls", inject, name != "sweep") if inject or count else None
         begin, clock = time.monotonic(), Timer(after or 300, os.kill, (process, signal.SIGKILL))
         clock.start()
         os.close(opener)
@@ -212,7 +206,7 @@ def life(
         seconds = time.monotonic() - begin
         if tracer:
             tracer.wait()
-        lines = [line.split() for line in Path(f"{folder}/calls").read_text().splitlines()] if count else []
+        lines = [line.split() if name != "sweep" else [str(process), *line.split()] for line in Path(f"{folder}/calls").read_text().splitlines()] if count else []
     try:
         words = ours.recv(65_536).decode()
     except BlockingIOError:

@@ -324,6 +324,8 @@ class Sweeping:
     ):
         sweep.folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(sweep.folder, name=LOCK)
+        for part in [path for place in (sweep.folder, sweep.folder / "base") for path in place.glob(".*.part*")]:
+            part.unlink()  # of a sweep that was killed; what lies deeper is its runs'
         self.sweep, self.slots, self.chosen, self.command = keep_copy(sweep), slots, chosen, command
         self.running: dict[str, Event] = {}  # the last that each running task said
         self.begun: dict[str, float] = {}  # when each was started
