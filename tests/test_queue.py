@@ -197,7 +197,7 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
     assert not folder.exists()
     said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.001")
     assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
-    wait_for(lambda: state_of(folder, "inference") == "done", 150)
+    wait_for(lambda: state_of(folder, "inference") == "done", 300)
     rows = read_metrics(folder, stage="train")
     assert stages(folder)["train"]["state"] == "done" and [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})

@@ -142,7 +142,7 @@ def words_of(
     words += [word for name, value in (parameters or {}).items() for word in ("-p", f"{name}={json.dumps(value)}")]
     return [sys.executable, "-m", "turbvit_nb.cli", *words]
 
-
+# %% ../../nbs/lab/11_launch.ipynb #c61f0e12
 def one_machine(nodes: int) -> None:
     "Refuse what no more than one machine can do. Raises `LabError`."
     if nodes > 1:
@@ -157,7 +157,7 @@ def _how(processes: int, words: Sequence[str], nodes: int, head: str | None) -> 
     how = ["--rdzv-backend=c10d", f"--rdzv-endpoint={met}", f"--rdzv-id={name}", f"--rdzv-conf=read_timeout={GRACE}"]
     return [*how, f"--nnodes={nodes}", f"--nproc-per-node={processes}", f"--shutdown-timeout={GRACE}", "--no-python", *words]
 
-
+# %% ../../nbs/lab/11_launch.ipynb #c61f0e14
 @contextmanager
 def _as_parent() -> Iterator[None]:
     "Ranks end with their launcher, and a launcher with whoever started it."
@@ -171,7 +171,7 @@ def _as_parent() -> Iterator[None]:
         over.set()
         os.environ.pop(PARENT) if before is None else os.environ.update({PARENT: before})
 
-
+# %% ../../nbs/lab/11_launch.ipynb #c61f0e16
 @contextmanager
 def _met(nodes: int, head: str | None, name: str) -> Iterator[None]:
     "While several nodes are together. The first is the last to leave, if the others do so within `LEAVING` seconds."
@@ -207,7 +207,7 @@ def _store(head: str) -> tuple[bool, Any]:  # whether it is here, and the store
     except RuntimeError as error:
         raise JobError(f"there is no way to the first node at {head}: {str(error).splitlines()[0]}", 1) from None
 
-
+# %% ../../nbs/lab/11_launch.ipynb #c61f0e18
 def launch(
     processes: int,  # on this machine
     words: Sequence[str],  # of the command, which finds its rank in the environment
