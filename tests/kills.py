@@ -26,8 +26,10 @@ import xarray as xr
 
 from turbvit_nb.lab import learner, runs
 from turbvit_nb.lab.config import find_config, in_one_line, is_users
-from turbvit_nb.lab.files import read_checkpoint
-from turbvit_nb.lab.runs import open_run, stages
+from turbvit_nb.lab.files import atomic, read_checkpoint
+from turbvit_nb.lab.runs import history, open_run, stages
+from turbvit_nb.lab.sweeping import Sweeping, choose
+from turbvit_nb.lab.sweeps import Task, read_sweep
 
 STRACE = shutil.which("strace")
 WRITES = "write,pwrite64,writev,rename,renameat2,fsync,fdatasync,ftruncate,unlink,mkdir,fallocate"
@@ -50,6 +52,11 @@ class Stage:
     before: tuple[str, ...] = ()
     run_name: str = "r"
 
+    @property
+    def folders(self) -> list[str]:
+        "Of its runs."
+        return [self.run_name]
+
     def open(self):
         "As the user would: the run folder where the stage has been begun there, else the config."
         folder = Path(os.environ["TURBVIT_RUNS"]) / self.run_name
@@ -64,6 +71,43 @@ class Stage:
             module, name = where.split(":")
             getattr(importlib.import_module(f"turbvit_nb.{module}"), name)(run)
         run.finish()
+
+
+STUDY = """[sweep]
+name = "study"
+base = "configs/smoke/train.toml"
+run = "study/{seed}"
+chapters = ["02_train"]
+jobs = 2
+grid = { seed = [0, 1] }
+"""
+POINT = """import os, sys, torch
+from turbvit_nb.lab.runs import open_run
+if os.getppid() != int(os.environ["TURBVIT_PARENT"]):  # as turbvit run does: the sweep has been killed
+    sys.exit(1)
+run = open_run(sys.argv[1], "train", sys.argv[2:])
+run.save("best", {"seed": run.config.top.seed, "w": torch.ones(3)})
+run.finish()"""
+
+
+class Study:
+    "A sweep: two runs side by side, whose jobs leave a model and are done."
+
+    before, folders = (), ["study/0", "study/1"]
+
+    def run(self) -> None:
+        "Do it, or go on with it."
+        file = Path(os.environ["TURBVIT_DATA"]).with_name("study.toml")
+        with atomic(file) as part:
+            part.write_text(STUDY)
+        sweep = read_sweep(file)
+        for _ in Sweeping(sweep, 2, choose(sweep), self.command):
+            pass
+
+    def command(self, task: Task) -> list[str]:
+        "The job of a run, which goes on where it has begun."
+        begun = "train" in history(task.point.folder)
+        return [sys.executable, "-c", POINT, *([str(task.point.folder)] if begun else [str(task.point.base), *task.point.overrides])]
 
 
 SMALL = ("training.epochs=2", "training.rollout_steps=5", "training.rollout_starts=2")
@@ -86,7 +130,8 @@ STAGES = {stage.name: stage for stage in (
     Stage("condition", "configs/smoke/condition.toml", ("condition.epochs=4", "condition.validate_every=2")),
     Stage("classes", "configs/smoke/classes.toml", ("classes.epochs=2", "classes.count=200")),
     Stage("images", "configs/smoke/images.toml", ("flow.epochs=2", "images.count=200")),
-)}
+    Stage("deploy", COMPARE, (*ANALYSED, "deploy.backends=['torch', 'onnxruntime']", "deploy.check_frames=8", "deploy.rollout_steps=5", "deploy.repeats=3"), ("train",)),
+)} | {"sweep": Study()}
 
 
 def generate_data() -> None:
@@ -132,10 +177,10 @@ def _fork(name: str, words: socket.socket) -> tuple[int, int]:  # process; what 
         os._exit(code)
 
 
-def _traced(process: int, log: str, inject: list[str]) -> subprocess.Popen:
-    "strace on a process, from now on."
+def _traced(process: int, log: str, inject: list[str], whole: bool) -> subprocess.Popen:
+    "strace on a process, from now on; on the whole of it: its threads, and what it starts."
     rules = [word for rule in inject for word in ("-e", f"inject={rule}")]
-    tracer = subprocess.Popen([STRACE, "-f", "-q", "-o", log, "-e", f"trace={WRITES}", *rules, "-p", str(process)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tracer = subprocess.Popen([STRACE, *(["-f"] if whole else []), "-q", "-o", log, "-e", f"trace={WRITES}", *rules, "-p", str(process)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while "TracerPid:\t0" in Path(f"/proc/{process}/status").read_text() and tracer.poll() is None:
         time.sleep(0.005)
     return tracer
@@ -154,7 +199,7 @@ def life(
     inject = [f"{call}:signal=KILL:when={n}" for call, n in kill.items()] + [f"{call}:error=ENOSPC:when={n}+" for call, n in full.items()]
     with TemporaryDirectory() as folder:
         process, opener = _fork(name, theirs)
-        tracer = _traced(process, f"{folder}/calls", inject) if inject or count else None
+        tracer = _traced(process, f"{folder}/calls", inject, name != "sweep") if inject or count else None
         begin, clock = time.monotonic(), Timer(after or 300, os.kill, (process, signal.SIGKILL))
         clock.start()
         os.close(opener)
@@ -163,7 +208,7 @@ def life(
         seconds = time.monotonic() - begin
         if tracer:
             tracer.wait()
-        lines = [line.split() for line in Path(f"{folder}/calls").read_text().splitlines()] if count else []
+        lines = [line.split() if name != "sweep" else [str(process), *line.split()] for line in Path(f"{folder}/calls").read_text().splitlines()] if count else []
     try:
         words = ours.recv(65_536).decode()
     except BlockingIOError:
@@ -219,7 +264,7 @@ TIMES = {"seconds", "joules", "started", "ended", "changed", "opened", "process"
 
 def _of_a_clock(key: str) -> bool:
     "Whether a value of this name is another one every time."
-    return key in TIMES or key.endswith("_seconds") or key.split(" ")[0] in ("ms", "speed-up")
+    return key in TIMES or key.endswith("_seconds") or key.split(" ")[0] in ("ms", "speed-up", "ratio")
 
 
 def _timeless(value: object) -> object:
@@ -255,12 +300,12 @@ def _read(path: Path) -> object:
     return path.read_bytes()
 
 
-UNCOMPARED = {".lock", "latency.json", "files.json"}
+UNCOMPARED = {".lock", ".sweep", "latency.json", "files.json"}
 
 
 def contents(folder: Path) -> dict[str, object]:  # by path in the folder
     "Everything a folder holds."
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in UNCOMPARED)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in UNCOMPARED and path.suffix != ".log")
     return {str(path.relative_to(folder)): _read(path) for path in files}
 
 

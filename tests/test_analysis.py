@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import torch
 import xarray as xr
+from small import small_config
 
 from turbvit_nb.climate.diagnostics import Setting, bin_ranges, block_frames
 from turbvit_nb.climate.distances import chance_distances, climate_distances, read_long
@@ -36,33 +37,7 @@ from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.train import train
 
 N = 16
-SECTIONS = """
-device = "cpu"
-[model]
-model_type = "ViT"
-img_size = 16
-patch_size = 4
-embed_dim = 16
-depth = 1
-num_heads = 2
-[train_dataset]
-data_dir = "waves"
-trajectories = [1, 2]
-frame_range = [[1, 41]]
-[validation_dataset]
-data_dir = "waves"
-trajectories = [1, 2]
-frame_range = [[41, 61]]
-[test_dataset]
-data_dir = "waves"
-trajectories = [3]
-frame_range = [[1, 61]]
-[training]
-epochs = 1
-batch_size = 16
-rollout_steps = 4
-rollout_starts = 2
-[pruning]
+SECTIONS = "\n" + small_config([1, 2], 41, 61, "waves") + """[pruning]
 importance_metric = "l1"
 prune_schedule = [{fraction}]
 epoch_schedule = [1]

@@ -34,6 +34,7 @@ import xarray as xr
 from fuzzing import SEED, damages, hashes, in_child, judged
 from PIL import Image
 from scipy.io import savemat
+from small import small_config
 
 from turbvit_nb.climate.distances import read_long
 from turbvit_nb.climate.rollouts import open_rollout, open_rollouts
@@ -60,33 +61,7 @@ from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.study.costs import read_latency
 from turbvit_nb.train import train
 
-CONFIG = """output_dir = "vit"
-device = "cpu"
-[model]
-model_type = "ViT"
-img_size = 16
-patch_size = 4
-embed_dim = 16
-depth = 1
-num_heads = 2
-[train_dataset]
-data_dir = "flow"
-trajectories = [1]
-frame_range = [[1, 41]]
-[validation_dataset]
-data_dir = "flow"
-trajectories = [1]
-frame_range = [[41, 61]]
-[test_dataset]
-data_dir = "flow"
-trajectories = [2]
-frame_range = [[1, 61]]
-[training]
-epochs = 1
-batch_size = 16
-rollout_steps = 4
-rollout_starts = 2
-[inference]
+CONFIG = 'output_dir = "vit"\n' + small_config([1], 41, 61) + """[inference]
 inference_length = 6
 chunk_size = 3
 n_starts = 2

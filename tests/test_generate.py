@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small import small_config
 
 from turbvit_nb.data.generate import GenerateConfig, generate
 from turbvit_nb.datasets import DatasetConfig, open_dataset
@@ -22,35 +23,7 @@ from turbvit_nb.train import train
 
 N, FINE = 16, 32
 FLOW = dict(Re=100, fky=4, beta=20.0, NX=N, solve_NX=FINE, t_save=0.1, spin_up=15.0)
-CONFIG = """
-output_dir = "cut"
-device = "cpu"
-[model]
-model_type = "ViT"
-img_size = 16
-patch_size = 4
-embed_dim = 16
-depth = 1
-num_heads = 2
-[train_dataset]
-data_dir = "flow"
-trajectories = [1]
-frame_range = [[1, 61]]
-[validation_dataset]
-data_dir = "flow"
-trajectories = [1]
-frame_range = [[61, 91]]
-[test_dataset]
-data_dir = "flow"
-trajectories = [2]
-frame_range = [[1, 91]]
-[training]
-epochs = 1
-steps_per_epoch = 4
-batch_size = 8
-rollout_steps = 4
-rollout_starts = 2
-[inference]
+CONFIG = '\noutput_dir = "cut"\n' + small_config([1], 61, 91, training="steps_per_epoch = 4\nbatch_size = 8") + """[inference]
 inference_length = 90
 [analysis]
 max_leadtime = 6

@@ -98,7 +98,8 @@ def lives(world: World, name: str, home: Path, *deaths: dict) -> list[dict]:
     ends, hurt = [], []
     for how in [*deaths, {}]:
         ends.append(world.server.life(name, home, world.data, **how))
-        hurt += [finding for finding in examined(home / STAGES[name].run_name, lambda items, desc: items) if finding.grade == GRAVE]
+        folders = [home / folder for folder in STAGES[name].folders if (home / folder).exists()]
+        hurt += [finding for folder in folders for finding in examined(folder, lambda items, desc: items) if finding.grade == GRAVE]
     said = f"{name} after {deaths}: {ends}"
     assert ends[-1]["code"] == 0 and not hurt, f"{said}; {hurt}"
     assert differences(contents(home), world.reference(name).after) == [], said

@@ -20,6 +20,7 @@ import pytest
 from turbvit_nb.data.batches import Batches
 from turbvit_nb.data.frames import DatasetConfig, open_dataset
 from turbvit_nb.data.packing import pack, verify
+from turbvit_nb.lab.files import only_writer
 from turbvit_nb.physics.py2d import PACKED, PackedWriter, Regime, StoreError, TreeWriter, open_store
 
 TINY = Regime(200, beta=20.0, NX=16, dt=1e-2)
@@ -173,17 +174,16 @@ def test_going_on_reads_what_the_disk_may_lack_and_not_the_rest(tmp_path, monkey
 # Two at once ---------------------------------------------------------------------------------------------------------
 
 def test_a_second_pack_of_a_target_is_one_line(tree, tmp_path):
-    writer = PackedWriter(target := tmp_path / "x.h5", TINY, 300)
-    said = command("pack", tree, target)
-    assert said.returncode == 1 and re.fullmatch(rf"error: \S*x\.h5: is being written by process {os.getpid()} on \S+; wait for it to end, or stop it\n", said.stderr), said.stderr
-    writer.close()
+    with only_writer(target := tmp_path / "x.h5"):
+        said = command("pack", tree, target)
+    assert said.returncode == 1 and re.fullmatch(rf"error: \S*x\.h5 is being written by process {os.getpid()} on \S+; wait for it to end, or stop it\n", said.stderr), said.stderr
     assert command("pack", tree, target).returncode == 0 and verify(target, tree)
 
 
 RACE = '''
 import os, sys, time
 from turbvit_nb.data import packing
-from turbvit_nb.physics.py2d import StoreError
+from turbvit_nb.lab.config import LabError
 source, target, start = sys.argv[1], sys.argv[2], time.time() + 0.3
 children = []
 for _ in range(6):
@@ -191,7 +191,7 @@ for _ in range(6):
         time.sleep(max(0, start - time.time()))
         try:
             packing.pack(source, target, readers=1)
-        except StoreError as error:
+        except (LabError, ValueError) as error:
             os._exit(7 if "is being written by" in str(error) else 8)
         os._exit(0)
     children.append(child)

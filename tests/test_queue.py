@@ -1,4 +1,4 @@
-"""A chain and a sweep through a real Slurm of one node, and through a stand-in for PBS that gives scripts PBS's environment; a walltime stop on the way."""
+"""A chain and a sweep through a real Slurm of two nodes, and through a stand-in for PBS that gives scripts PBS's environment; a walltime stop on the way."""
 import os
 import shutil
 import signal
@@ -16,7 +16,8 @@ import pytest
 from test_jobs import CONFIG, RUN, wait_for
 from turbvit_nb.lab.runs import read_metrics, stages
 
-BIN = Path(sys.executable).parent
+BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parent.parent
+FIRST = 1000 + os.getpid() % 20000  # number of a job: the port where nodes meet follows from it, and others may test here, too
 SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
 TRAIN = """from turbvit_nb.lab.learner import Callback
 from turbvit_nb.train import train
@@ -48,25 +49,33 @@ from pathlib import Path
 
 state, script = Path(os.environ.get("PBS_HOME", "{state}")), Path(sys.argv[-1])
 needs = re.findall(r"afterok:(\\S+)", " ".join(sys.argv[1:-1]))
-number = f"{{len(list(state.glob('*.sh'))) + 1}}.stand-in"
+number = f"{{{first} + len(list(state.glob('*.sh')))}}.stand-in"
 (state / f"{{number}}.sh").write_text(script.read_text())
 print(number, flush=True)
 if os.fork():
     os._exit(0)
 os.setsid()
-sys.stdout.close()
+for stream in (1, 2):  # whoever submits waits for their end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 code = lambda job: int((state / f"{{job}}.code").read_text())
 while not all((state / f"{{job}}.code").exists() for job in needs):
     time.sleep(0.1)
 codes = [1] if any(map(code, needs)) else []
+nodes = int(re.search(r"^#PBS -l select=(\\d+)", script.read_text(), re.M)[1])
+(state / f"{{number}}.nodes").write_text("".join(f"node{{i}}\\n" for i in range(nodes)))
 array = re.search(r"^#PBS -J (\\d+)-(\\d+)$", script.read_text(), re.M)
 for index in [] if codes else range(int(array[1]), int(array[2]) + 1) if array else [None]:
-    own = {{"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin", "PBS_O_WORKDIR": os.getcwd(), "PBS_JOBID": number, "PBS_ENVIRONMENT": "PBS_BATCH"}}
+    own = {{"HOME": os.environ["HOME"], "PATH": "/usr/bin:/bin", "PBS_O_WORKDIR": os.getcwd(), "PBS_JOBID": number, "PBS_NODEFILE": str(state / f"{{number}}.nodes"), "PBS_ENVIRONMENT": "PBS_BATCH"}}
     own |= {{}} if index is None else {{"PBS_ARRAY_INDEX": str(index)}}
     with open(state / f"{{number}}.log", "a") as log:
         codes.append(subprocess.run(["bash", state / f"{{number}}.sh"], env=own, cwd="/", stdout=log, stderr=log).returncode)
 (state / f"{{number}}.part").write_text(str(max(codes)))
 os.rename(state / f"{{number}}.part", state / f"{{number}}.code")
+'''
+TMRSH = '''#!/bin/bash
+# Starts a command on a node of the job as PBS does, in an environment of PBS's alone.
+grep -qx "$1" "$PBS_NODEFILE" && [ "$1" != node0 ] || exit 255
+cd / && exec env -i HOME="$HOME" PATH=/usr/bin:/bin PBS_JOBID="$PBS_JOBID" PBS_ENVIRONMENT=PBS_BATCH "${@:2}"
 '''
 CONF = """ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -75,13 +84,13 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={home}/munge.socket
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+FirstJobId={first}
 StateSaveLocation={home}/state
-SlurmdSpoolDir={home}/spool
+SlurmdSpoolDir={home}/spool-%n
 SlurmctldPidFile={home}/slurmctld.pid
-SlurmdPidFile={home}/slurmd.pid
+SlurmdPidFile={home}/%n.pid
 SlurmctldLogFile={home}/slurmctld.log
-SlurmdLogFile={home}/slurmd.log
+SlurmdLogFile={home}/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -90,7 +99,8 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 JobAcctGatherType=jobacct_gather/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
+NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000 State=UNKNOWN
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -105,32 +115,32 @@ def free_ports(count: int) -> list[int]:
 
 
 def real_slurm(home: Path, monkeypatch):
-    "A Slurm of this one machine; the test is skipped where it cannot be started."
+    "A Slurm of this one machine, which is two nodes; the test is skipped where it cannot be started."
     if missing := [name for name in SLURM if shutil.which(name) is None]:
         pytest.skip(f"no {missing[0]} on the PATH: apt-get install slurmctld slurmd slurm-client munge")
     if os.geteuid() != 0:
         pytest.skip("Slurm's daemons are started by root only")
-    for name in ("state", "spool"):
+    for name in ("state", "spool-node0", "spool-node1"):
         (home / name).mkdir()
     (home / "munge.key").write_bytes(os.urandom(1024))
     (home / "munge.key").chmod(0o400)
     home.chmod(0o755)
-    (home / "slurm.conf").write_text(CONF.format(host=socket.gethostname().split(".")[0], home=home, ports=free_ports(2)))
+    (home / "slurm.conf").write_text(CONF.format(host=socket.gethostname().split(".")[0], home=home, ports=free_ports(3), first=FIRST))
     monkeypatch.setenv("SLURM_CONF", str(home / "slurm.conf"))
     own = [f"--{what}={home}/munge.{what.split('-')[0]}" for what in ("socket", "pid-file", "log-file", "seed-file")]
     subprocess.run(["munged", "--force", f"--key-file={home}/munge.key", *own], check=True)
-    for daemon in ("slurmctld", "slurmd"):
-        subprocess.run([daemon], check=True)
+    for daemon in (["slurmctld"], ["slurmd", "-N", "node0"], ["slurmd", "-N", "node1"]):
+        subprocess.run(daemon, check=True)
     deadline = time.monotonic() + 30
-    while "idle" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout:
+    while subprocess.run(["sinfo", "-hN"], capture_output=True, text=True).stdout.count("idle") < 2:
         if time.monotonic() > deadline:
-            pytest.skip(f"Slurm does not come up here: {(home / 'slurmd.log').read_text()[-300:]}")
+            pytest.skip(f"Slurm does not come up here: {(home / 'node1.log').read_text()[-300:]}")
         time.sleep(0.2)
 
 
 def ended(home: Path) -> None:
     "Stop Slurm's daemons."
-    for name in ("slurmd", "slurmctld", "munge"):
+    for name in ("node0", "node1", "slurmctld", "munge"):
         if (file := home / f"{name}.pid").exists():
             try:
                 os.kill(int(file.read_text()), signal.SIGTERM)
@@ -151,15 +161,16 @@ def site(request, tmp_path, monkeypatch):
     if request.param == "slurm":
         real_slurm(place, monkeypatch)
     else:
-        (place / "qsub").write_text(QSUB.format(python=sys.executable, state=place))
-        (place / "qsub").chmod(stat.S_IRWXU)
+        for program, text in {"qsub": QSUB.format(python=sys.executable, state=place, first=FIRST), "pbs_tmrsh": TMRSH}.items():
+            (place / program).write_text(text)
+            (place / program).chmod(stat.S_IRWXU)
     for name, work in CHAPTERS.items():
         cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
                  nbformat.v4.new_code_cell("import time\nfrom turbvit_nb.lab.runs import open_run"), nbformat.v4.new_markdown_cell("## Run"), nbformat.v4.new_code_cell(work)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
     (tmp_path / "one.toml").write_text(CONFIG.format(name="it's one", epochs=6))
     (tmp_path / "study.toml").write_text(SWEEP.format(folder=tmp_path))
-    setup = [f"export PATH={place}:{BIN}:$PATH", "export TURBVIT_PROGRESS=0"]
+    setup = [f"export PATH={place}:{BIN}:$PATH", f"export PYTHONPATH='{ROOT}'", "export TURBVIT_PROGRESS=0"]
     (tmp_path / "queue.toml").write_text(f'system = "{request.param}"\nwalltime = "0:30:00"\ncpus = 1\nmemory = "500mb"\nsetup = {setup}\n')
     yield request.param
     ended(place)
@@ -186,7 +197,7 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
     assert not folder.exists()
     said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.001")
     assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
-    wait_for(lambda: state_of(folder, "inference") == "done", 150)
+    wait_for(lambda: state_of(folder, "inference") == "done", 300)
     rows = read_metrics(folder, stage="train")
     assert stages(folder)["train"]["state"] == "done" and [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
@@ -200,11 +211,28 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
 
 @pytest.mark.soak
 def test_a_sweep_is_an_array(site, tmp_path):
+    "Of jobs whose chapters have the ranks that the user's file gives them."
+    with open(tmp_path / "queue.toml", "a") as file:
+        file.write("[stages.02]\nranks = 2\n")
     said = turbvit("submit", "study.toml")
     assert len(said.splitlines()) == 1 and "study-1.sh" in said
     assert (tmp_path / "runs/study/queue/study-1.runs").read_text() == "study/0\nstudy/1\n"
     folders = [tmp_path / "runs" / f"study/{seed}" for seed in (0, 1)]
-    wait_for(lambda: all(state_of(folder, "train") == "done" for folder in folders), 150)
+    wait_for(lambda: all(state_of(folder, "train") == "done" for folder in folders), 300)
+    assert all((folder / "ranks" / "02_train.rank1.log").exists() for folder in folders)
+
+
+def test_a_training_on_two_nodes(site, tmp_path):
+    "A rank on each, stopped by its clock and gone on with by another job of two nodes."
+    with open(tmp_path / "queue.toml", "a") as file:
+        file.write("[stages.train]\nnodes = 2\n")
+    folder = tmp_path / "runs" / "it's one"
+    turbvit("submit", "one.toml", "--stages", f"{tmp_path}/02_train.ipynb", "--set", "training.max_hours=0.0015")
+    wait_for(lambda: state_of(folder, "train") == "done" and (folder / "02_train.html").exists(), 300)
+    rows = read_metrics(folder, stage="train")
+    assert [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in (folder / "ranks").glob("*.log")] == ["02_train.rank1.log"]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
 
 
 STUB = """#!/bin/bash

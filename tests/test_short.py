@@ -16,6 +16,7 @@ import scipy.stats
 import scoringrules
 import torch
 import xarray as xr
+from small import small_config
 from torch import nn
 
 from turbvit_nb import short_analysis as chapter
@@ -41,33 +42,7 @@ from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.train import train
 
 N, LEADS, STARTS = 16, 12, 6
-SECTIONS = """
-device = "cpu"
-[model]
-model_type = "ViT"
-img_size = 16
-patch_size = 4
-embed_dim = 16
-depth = 1
-num_heads = 2
-[train_dataset]
-data_dir = "flow"
-trajectories = [1, 2]
-frame_range = [[1, 71]]
-[validation_dataset]
-data_dir = "flow"
-trajectories = [1, 2]
-frame_range = [[71, 91]]
-[test_dataset]
-data_dir = "flow"
-trajectories = [3]
-frame_range = [[1, 91]]
-[training]
-epochs = 1
-batch_size = 16
-rollout_steps = 4
-rollout_starts = 2
-[analysis]
+SECTIONS = "\n" + small_config([1, 2], 71, 91) + """[analysis]
 max_leadtime = 12
 n_ensembles = 6
 lyapunov_time = 4.0

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Limits', 'energy_and_peak', 'blown_up', 'limits_of', 'RolloutWriter', 'Start', 'Header', 'read_header', 'chunk_files',
-           'Rollout', 'open_rollout', 'open_rollouts']
+           'Rollout', 'open_rollout', 'open_rollouts', 'broken_rollouts']
 
 # %% ../../nbs/climate/00_rollouts.ipynb #1aca0600
 import mmap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..datasets import FrameDataset, to_velocity
 from ..lab.checkpoints import Identity, identity_of, order
 from ..lab.config import LabError
 from ..lab.files import atomic, earlier, read_json, result_file, undamaged, write_json
+from ..lab.progress import progress
 from ..physics.py2d import Regime, open_store
 from ..physics.spectral import Grid
 
@@ -313,6 +314,57 @@ def open_rollouts(
         name: sorted(found[name], key=place)
         for name in sorted(found, key=lambda name: order(found[name][0].identity))
     }
+
+# %% ../../nbs/climate/00_rollouts.ipynb #9c1e0b02
+def _crc(path: Path) -> int:
+    "CRC-32 of a file."
+    total = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def _gap(
+    lengths: dict[int, int],  # first step of a chunk: how many states it holds
+    every: int,  # steps from one state to the next
+    last: int,  # the last step that there should be
+) -> int | None:
+    "The first step that no chunk holds; None where there is none."
+    due = every
+    for first, length in sorted(lengths.items()):
+        if first > due:
+            break
+        due = first + every * length
+    return due if due <= last else None
+
+# %% ../../nbs/climate/00_rollouts.ipynb #9c1e0b04
+def _trouble(folder: Path) -> str | None:
+    "What is wrong with the chunks of a rollout. Raises `LabError` where one cannot be read."
+    header, lengths = read_header(folder), {}
+    sums = header.get("crc32", {})
+    if "last" not in header:
+        raise LabError(f"{folder / 'rollout.json'} does not say which step is the last")
+    for chunk in chunk_files(folder):
+        lengths[int(chunk.stem)] = result_file(chunk, lambda path: len(np.load(path, mmap_mode="r")), "it cannot be read")
+        if chunk.stem in sums and _crc(chunk) != sums[chunk.stem]:
+            return f"{chunk.name} is not what was written: the disk has lost bits"
+    step = _gap(lengths, header.get("save_every", 1), header["last"])
+    return None if step is None else f"step {step} is missing; there should be all up to {header['last']}"
+
+
+def broken_rollouts(
+    run: Path,  # its folder
+    meter: Callable = progress,  # of what takes long
+) -> Iterator[tuple[Path, str, Path]]:  # a rollout, what is wrong with it, and what has to go for it to be made again
+    "The rollouts of a run that are not whole. Reads every byte of them."
+    for file in meter(sorted((run / "inference").glob("*/*/rollout.json")), desc="reading rollouts"):
+        try:
+            why = _trouble(file.parent)
+        except LabError as error:
+            why = str(error)
+        if why:
+            yield file.parent, why, file.parent.parent
 
 # %% ../../nbs/climate/00_rollouts.ipynb #5fe5f55b
 @patch(as_prop=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..lab.files import only_writer
 from ..lab.progress import Meter, progress
 from turbvit_nb.physics.py2d import (
     PACKED,
@@ -128,7 +129,7 @@ def pack(
     skip_bad: bool = False,  # leave out frames that are missing or cannot be read; they are in `.bad` of what is returned
     readers: int = READERS,  # threads that read ahead
 ) -> PackedStore:
-    "Copy a tree into one file: streamed, restartable, verified; the source is left alone. Raises `StoreError`."
+    "Copy a tree into one file: streamed, restartable, verified; the source is left alone. Raises `StoreError`, and `LabError` where another process writes there."
     store = _source(source)
     target, room, there = packed_path(target or store.path / PACKED), len(store), store.frames
     check_packed_dtype(dtype)
@@ -140,7 +141,7 @@ def pack(
     if skip_bad:
         _drop_bad_ends(store)
     times = store.times
-    with closing(PackedWriter(target, store.regime, room, dtype)) as writer:
+    with only_writer(target), closing(PackedWriter(target, store.regime, room, dtype)) as writer:
         if writer.count:
             _check_begun(store, writer)
         _copy(store, writer, times, skip_bad, readers)

@@ -323,7 +323,7 @@ def _override(data: dict, text: str) -> None:
     try:
         value = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
-        if not re.fullmatch(r"[A-Za-z_./~][\w./~+-]*", value):
+        if not re.fullmatch(r"[A-Za-z_./~][\w./~+=-]*", value):
             raise LabError(f"override {text!r}: {value!r} is not a TOML value") from None
     *table, key = name.split(".")
     if table and not isinstance(data.setdefault(table[0], {}), dict):

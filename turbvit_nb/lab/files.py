@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEDGER', 'on_disk', 'atomic', 'undamaged', 'earlier', 'result_file', 'as_record', 'read_json', 'write_json',
            'memory_left', 'check_room', 'check_unpacked', 'read_arrays', 'added_to', 'Lock', 'locked', 'alone_in',
-           'Known', 'file_hash', 'read_ledger', 'record_files', 'write_checkpoint', 'read_checkpoint']
+           'only_writer', 'Known', 'file_hash', 'read_ledger', 'record_files', 'write_checkpoint', 'read_checkpoint']
 
 # %% ../../nbs/lab/03_files.ipynb #c61f0a03
 import errno
@@ -297,9 +297,9 @@ class _Claim:
 
 # %% ../../nbs/lab/03_files.ipynb #a5d7c005
 class Lock:
-    "An exclusive lock on a folder, until `release` or the process ends. Raises `LabError` when `patience` (s) is over."
+    "An exclusive lock on a folder, or on one thing `of` it, until `release` or the process ends. Raises `LabError` when `patience` (s) is over."
 
-    def __init__(self, folder: Path, patience: float = 0.5, name: str = ".lock"):
+    def __init__(self, folder: Path, patience: float = 0.5, name: str = ".lock", of: Path | None = None):
         self.path, self.claim = folder / name, _Claim(folder / f"{name}.claim")
         self.file = added_to(self.path)
         deadline = time.monotonic() + patience  # someone may be looking at the status just now
@@ -307,7 +307,7 @@ class Lock:
             if time.monotonic() > deadline:
                 holder = self.path.read_text(errors="replace").strip() or "another process"
                 self.file.close()
-                raise LabError(f"{folder} is being written by {holder}; wait for it to end, or stop it")
+                raise LabError(f"{of or folder} is being written by {holder}; wait for it to end, or stop it")
             time.sleep(0.05)
         self.file.truncate(0)
         self.file.write(_owner())
@@ -352,6 +352,32 @@ def alone_in(
         yield
     finally:
         lock.release()
+
+# %% ../../nbs/lab/03_files.ipynb #a5d7c10b
+@contextmanager
+def only_writer(
+    path: Path,  # of a file
+) -> Iterator[None]:
+    "Hold the right to write a file. Raises `LabError` where another process has it, or nobody can."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not _stands(lock := Lock(path.parent, patience=0, name=f".{path.name}.lock", of=path)):
+            lock.release()
+    except OSError as error:
+        raise LabError(f"{path}: cannot be written ({error.strerror}); name another target") from None
+    try:
+        yield
+    finally:
+        lock.path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _stands(lock: Lock) -> bool:
+    "Whether the file of a lock is still there: another may have removed it between our opening and our locking it."
+    try:
+        return os.path.samestat(os.fstat(lock.file.fileno()), os.stat(lock.path))
+    except FileNotFoundError:
+        return False
 
 # %% ../../nbs/lab/03_files.ipynb #a5d7c00c
 LEDGER = "files.json"  # in a run folder: what its stages have left

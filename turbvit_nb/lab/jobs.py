@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARENT', 'WHOLE', 'KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'FOLDED', 'JOB_LOCK', 'Chapter',
            'chapters', 'find_chapter', 'Report', 'wrapped', 'run_heading', 'lessons', 'JobClient', 'JobEngine',
-           'Signals', 'JobError', 'explain', 'execute', 'MathRenderer', 'MathExporter', 'ReportExporter', 'html_copy',
-           'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
+           'outlive', 'Signals', 'JobError', 'explain', 'execute', 'MathRenderer', 'MathExporter', 'ReportExporter',
+           'html_copy', 'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
 
 # %% ../../nbs/lab/10_jobs.ipynb #a64babfb
 import ast
@@ -274,7 +274,7 @@ logging.getLogger("papermill").setLevel(logging.ERROR)  # its doubts are `Chapte
 PARENT = "TURBVIT_PARENT"  # the process without which a job has no business
 
 
-def _outlive(parent: int, over: Event) -> None:
+def outlive(parent: int, over: Event) -> None:
     "Stop this process, as SIGTERM does, when its parent is gone. Nobody reads what it says then."
     while not over.wait(0.2):
         if os.getppid() != parent:
@@ -297,7 +297,7 @@ class Signals:
         numbers = (signal.SIGINT, signal.SIGTERM)
         self.before = {number: signal.signal(number, self.handle) for number in numbers}
         if parent := os.environ.get(PARENT):
-            Thread(target=_outlive, args=(int(parent), self.over), daemon=True).start()
+            Thread(target=outlive, args=(int(parent), self.over), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:

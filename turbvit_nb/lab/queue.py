@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from pydantic import Field
 from .config import LabError, Section, find_config, load_config, nbs_dir, read_toml, run_folder
 from .files import atomic
 from .jobs import Chapter, find_chapter, steps
+from .launch import GRACE
 from .runs import BESIDE, OWN, folder_of, is_alone
 from .sweeping import check_sweep, choose, look
 from .sweeps import Point, Sweep, Task, read_sweep
@@ -37,10 +38,11 @@ class Resources(Section):
 
     walltime: Walltime = "12:00:00"  # hours:minutes:seconds
     margin: int = Field(20, ge=1)  # minutes before its end at which the chapter is asked to stop
+    nodes: int = Field(1, ge=1)  # machines that share a training; all other numbers are of each of them
     cpus: int = Field(8, ge=1)  # processor cores
-    gpus: int = Field(0, ge=0)  # on the one node that a job gets
+    gpus: int = Field(0, ge=0)
     memory: str = Field("16gb", pattern=r"^\d+(mb|gb)$")
-    ranks: int = Field(1, ge=1)  # processes that share a training; chapters that are the work of one process take one
+    ranks: int = Field(1, ge=1)  # processes that share a training; a chapter that is the work of one process has one, on one node
     queue: Line | None = None  # or partition
     account: Line | None = None  # or project
     lines: list[Line] = []  # further directives, as they would follow #PBS or #SBATCH
@@ -69,16 +71,28 @@ def read_queue(
         raise LabError(f"no {path}, which says how jobs are submitted here; {remedy}")
     try:
         queue = QueueConfig.parse(read_toml(path))
+        queue = queue.model_copy(update={"stages": _by_chapter(queue.stages)})
         for name in ["", *queue.stages]:
-            queue.of(find_chapter(name).name if name else name)
+            queue.of(name)
     except LabError as error:
         raise LabError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     return queue
 
 
+def _by_chapter(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    "The tables by the names of the chapters; a file may also say `[stages.02]` or `[stages.train]`. Raises `LabError`."
+    known: dict[str, str] = {}
+    for word in stages:
+        name = find_chapter(word).name
+        if name in known:
+            raise LabError(f"stages.{known[name]} and stages.{word} are the same chapter, {name}: make one table of them")
+        known[name] = word
+    return {name: stages[word] for name, word in known.items()}
+
+
 @patch
 def of(self: QueueConfig, chapter: str) -> Resources:
-    "What a chapter gets."
+    "What a chapter gets; without a name, what stands for all."
     shared = {name: getattr(self, name) for name in Resources.model_fields}
     own = self.stages.get(chapter, {})
     wanted = Resources.parse(shared | own, f"stages.{chapter}" if own else "")
@@ -103,11 +117,17 @@ class Script:
     wanted: Resources
     body: str  # lines of shell
     count: int | None = None  # of an array of jobs, which are told a number from 1 on
+    part: str | None = None  # the lines of shell of a script that each of several nodes is given
 
     @property
     def path(self) -> Path:
         "Of the script."
         return self.folder / f"{self.name}.sh"
+
+    @property
+    def of_nodes(self) -> Path:
+        "Of the script that each of several nodes is given."
+        return self.folder / f"{self.name}.node.sh"
 
 
 def _percents(folder: Path) -> str:
@@ -118,9 +138,9 @@ def _percents(folder: Path) -> str:
 def _slurm(script: Script) -> list[str]:
     "The directives of Slurm."
     wanted, log = script.wanted, "%x.%A_%a.log" if script.count else "%x.%j.log"
-    asked = [f"--job-name={script.name}", f"--output={shlex.quote(f'{_percents(script.folder.absolute())}/{log}')}", f"--time={wanted.walltime}", "--nodes=1 --ntasks=1"]
+    asked = [f"--job-name={script.name}", f"--output={shlex.quote(f'{_percents(script.folder.absolute())}/{log}')}", f"--time={wanted.walltime}", f"--nodes={wanted.nodes} --ntasks-per-node=1"]
     asked += [f"--cpus-per-task={wanted.cpus}", f"--mem={wanted.memory.removesuffix('b').upper()}"]
-    asked += [f"--gpus={wanted.gpus}"] if wanted.gpus else []
+    asked += [f"--gpus-per-node={wanted.gpus}"] if wanted.gpus else []
     asked += [f"--partition={wanted.queue}"] if wanted.queue else []
     asked += [f"--account={wanted.account}"] if wanted.account else []
     asked += [f"--array=1-{script.count}"] if script.count else []
@@ -132,7 +152,8 @@ def _pbs(script: Script) -> list[str]:
     wanted = script.wanted
     gpus = f":ngpus={wanted.gpus}" if wanted.gpus else ""
     asked = [f"-N {script.name[:15]}", f"-o {shlex.quote(f'{script.folder.absolute()}/')}", "-j oe", f"-l walltime={wanted.walltime}"]
-    asked += [f"-l select=1:ncpus={wanted.cpus}{gpus}:mem={wanted.memory}"]
+    asked += [f"-l select={wanted.nodes}:ncpus={wanted.cpus}{gpus}:mem={wanted.memory}"]
+    asked += ["-l place=scatter"] if wanted.nodes > 1 and not any("place=" in line for line in wanted.lines) else []
     asked += [f"-q {wanted.queue}"] if wanted.queue else []
     asked += [f"-A {wanted.account}"] if wanted.account else []
     asked += [f"-J 1-{script.count}"] if script.count else []
@@ -145,16 +166,64 @@ _HANDED_ON = ("TURBVIT_RUNS", "TURBVIT_DATA", "TURBVIT_QUEUE")
 
 
 @patch
-def text(
+def texts(
     self: Script,
     queue: QueueConfig,
     here: Path,  # the folder to work in
-) -> str:
-    "The script as the queue gets it."
+    runs: Sequence[str] = (),  # of an array
+) -> dict[Path, str]:
+    "The script as the queue gets it, and what has to lie beside it."
     known = [f"export {name}={shlex.quote(str(Path(os.environ[name]).absolute()))}" for name in _HANDED_ON if name in os.environ]
-    top = ["#!/bin/bash", "# Written by turbvit submit from the user's queue.toml: change that, and submit again.", *DIRECTIVES[queue.system](self)]
-    start = [f"cd {shlex.quote(str(here))} || exit 1", *queue.setup, *known, 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"']
-    return "\n".join([*top, "", *start, "", self.body]) + "\n"
+    top = ["#!/bin/bash", "# Written by turbvit submit from the user's queue.toml: change that, and submit again."]
+    start = ["", f"cd {shlex.quote(str(here))} || exit 1", *queue.setup, *known, 'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"', ""]
+    found = {self.path: [*top, *DIRECTIVES[queue.system](self), *start, self.body]}
+    found |= {self.of_nodes: [*top, *start, self.part]} if self.part else {}
+    found |= {self.folder / f"{self.name}.runs": runs} if runs else {}
+    return {path: "\n".join(lines) + "\n" for path, lines in found.items()}
+
+# %% ../../nbs/lab/21_queue.ipynb #5e0f1a02
+_QUIET = "export TORCH_CPP_LOG_LEVEL=ERROR  # whoever leaves last finds the first node gone"
+_HEAD = """# The nodes meet at the first of them.
+head="$(hostname):$((20000 + {number} % 20000))"
+"""
+_ON_PBS = """part={part}
+bash "$part" "$from" "$head" &
+for host in $(uniq "$PBS_NODEFILE" | tail -n +2); do
+    pbs_tmrsh "$host" /bin/bash "$part" "$from" "$head" &
+done
+code=0
+for node in $(jobs -p); do
+    wait "$node"
+    ended=$?
+    [ $ended -gt $code ] && code=$ended
+done"""
+
+
+def _limit(wanted: Resources) -> int:
+    "The minutes after which a job's work is asked to stop."
+    return wanted.minutes - wanted.margin
+
+
+def _timed(wanted: Resources, work: str) -> str:
+    "A command that is asked to stop before the job's time is up."
+    return f"timeout --preserve-status --signal=TERM --kill-after={max(wanted.margin - 1, 1)}m {_limit(wanted)}m {work}"
+
+
+def _started(
+    script: Script,
+    queue: QueueConfig,
+    work: str,  # the command, which takes "$from"
+) -> tuple[str, str | None]:
+    "How a job does its work, and the script that each of several nodes is given."
+    wanted, timed = script.wanted, _timed(script.wanted, work)
+    if wanted.nodes == 1:
+        return f"{timed}\ncode=$?", None
+    timed = f'{timed} --nodes {wanted.nodes} --head "$head"'
+    if queue.system == "slurm":
+        everywhere = f"srun --nodes={wanted.nodes} --ntasks-per-node=1 --cpus-per-task={wanted.cpus} --kill-on-bad-exit=0 --wait={GRACE}"
+        return f"{_HEAD.format(number='SLURM_JOB_ID')}{_QUIET}\n{everywhere} {timed}\ncode=$?", None
+    start = _HEAD.format(number="${PBS_JOBID%%[!0-9]*}") + _ON_PBS.format(part=shlex.quote(str(script.of_nodes)))
+    return start, f'from=$1\nhead=$2\n{_QUIET}\nexec {timed}'
 
 # %% ../../nbs/lab/21_queue.ipynb #387b25eb
 _NOTES = ("*.ipynb", "*.html", ".*", *(name for name in OWN if not name.startswith(".")))  # written by a job that does nothing, too
@@ -163,8 +232,7 @@ _JOB = """{choose}
 begun="$folder/queue/.{mark}.begun"
 mkdir -p "$folder/queue" && touch "$begun"
 
-timeout --preserve-status --signal=TERM --kill-after={grace}m {limit}m {work}
-code=$?
+{start}
 
 # Stopped in time: it goes on in another job, if this one has got anywhere.
 if [ $code = 75 ] || [ $code = 143 ]; then
@@ -180,7 +248,7 @@ exit $code"""
 def _body(wanted: Resources, **words: str) -> str:
     "The lines of a job that submits itself again."
     notes = " ".join([*(f"-not -path '*/{name}/*'" for name in BESIDE), *(f"-not -name '{name}'" for name in _NOTES)])
-    return _JOB.format(grace=max(wanted.margin - 1, 1), limit=wanted.minutes - wanted.margin, notes=notes, **words)
+    return _JOB.format(limit=_limit(wanted), notes=notes, **words)
 
 
 def called(chapter: Chapter) -> str:
@@ -200,15 +268,19 @@ def chapter_script(
 ) -> Script:
     "The job of a chapter."
     wanted, word = queue.of(chapter.name), shlex.quote
-    shared = [] if is_alone(chapter.stage) or wanted.ranks == 1 else ["--nproc", str(wanted.ranks)]
+    if is_alone(chapter.stage):
+        wanted = wanted.model_copy(update={"nodes": 1, "ranks": 1})
+    shared = ["--nproc", str(wanted.ranks)] if wanted.ranks > 1 else []
     sets = [part for text in overrides for part in ("--set", text)]
     again = [*turbvit, "submit", str(folder), "--stages", ",".join(map(called, rest))]
+    work = f'{shlex.join([*turbvit, "run", called(chapter)])} "$from"{"".join(f" {word(part)}" for part in [*sets, *shared])}'
+    script = Script(_plain(f"{folder.name}-{chapter.name}"), folder / "queue", wanted, "")
+    start, part = _started(script, queue, work)
     body = _body(
-        wanted, choose=f'chapter={word(chapter.name)}\nfolder={word(str(folder))}\nfrom={word(str(config))}\n[ -f "$folder/config.toml" ] && from="$folder"', mark="$chapter",
-        work=f'{shlex.join([*turbvit, "run", called(chapter)])} "$from"{"".join(f" {word(part)}" for part in [*sets, *shared])}',
+        wanted, start=start, choose=f'chapter={word(chapter.name)}\nfolder={word(str(folder))}\nfrom={word(str(config))}\n[ -f "$folder/config.toml" ] && from="$folder"', mark="$chapter",
         again=shlex.join(again), what="$chapter",
     )
-    return Script(_plain(f"{folder.name}-{chapter.name}"), folder / "queue", wanted, body)
+    return replace(script, body=body, part=part)
 
 
 def _plain(name: str) -> str:
@@ -259,6 +331,15 @@ def _levels(sweep: Sweep, due: Sequence[Point]) -> list[list[Point]]:
     return [[point for point in due if level[point.run] == i] for i in range(max(level.values(), default=-1) + 1)]
 
 
+def _most(asked: Sequence[Resources]) -> Resources:
+    "What a job gets that does one chapter after the other: the most that any of them asks for, on one node, in the queue of the largest."
+    bytes_of = lambda each: int(each.memory[:-2]) * (1000 if each.memory.endswith("gb") else 1)
+    largest = max(asked, key=lambda each: (each.gpus, each.ranks, each.cpus))
+    numbers = {name: max(getattr(each, name) for each in asked) for name in ("margin", "cpus", "gpus", "ranks")}
+    words = {"walltime": max(asked, key=lambda each: each.minutes).walltime, "memory": max(asked, key=bytes_of).memory}
+    return largest.model_copy(update=numbers | words | {"nodes": 1})
+
+
 def arrays(
     sweep: Sweep,
     due: Sequence[Point],  # the runs to submit
@@ -268,16 +349,19 @@ def arrays(
     "The jobs of a sweep. Raises `LabError`."
     if not due:
         raise LabError(f"nothing to submit: all runs of {sweep.name} are done")
-    wanted, found, place = queue.of(""), [], sweep.folder / "queue"
+    found, place = [], sweep.folder / "queue"
     for i, points in enumerate(_levels(sweep, due)):
         name = _plain(f"{sweep.name}-{points[0].run if len(points) == 1 else i + 1}")
         file, runs = shlex.quote(str(sweep.path.absolute())), shlex.quote(str(place / f"{name}.runs"))
+        wanted = _most([queue.of(chapter.name) for point in points for chapter in point.chapters])
+        work = f'{shlex.join(turbvit)} sweep {file} --only "$run" --beside{f" --nproc {wanted.ranks}" if wanted.ranks > 1 else ""}'
+        script = Script(name, place, wanted, "", len(points))
         choose = f'run=$(sed -n "${{{NUMBER[queue.system]}}}p" {runs})\nfolder={shlex.quote(str(run_folder(".")))}/"$run"'
         body = _body(
-            wanted, choose=choose, mark="sweep", work=f'{shlex.join(turbvit)} sweep {file} --only "$run" --beside',
+            wanted, start=_started(script, queue, work)[0], choose=choose, mark="sweep",
             again=f'{shlex.join(turbvit)} submit {file} --only "$run"', what="$run",
         )
-        found.append((Script(name, place, wanted, body, len(points)), [point.run for point in points]))
+        found.append((replace(script, body=body), [point.run for point in points]))
     return found
 
 # %% ../../nbs/lab/21_queue.ipynb #fe365810
@@ -312,13 +396,11 @@ _AFTER = {
 
 
 def written(script: Script, queue: QueueConfig, runs: Sequence[str] = ()) -> Path:
-    "The file of a script, and of the runs of an array."
-    with atomic(script.path) as part:
-        part.write_text(script.text(queue, Path.cwd()), encoding="utf-8")
+    "The file of a script, with what has to lie beside it."
+    for path, text in script.texts(queue, Path.cwd(), runs).items():
+        with atomic(path) as part:
+            part.write_text(text, encoding="utf-8")
     script.path.chmod(0o755)
-    if runs:
-        with atomic(script.folder / f"{script.name}.runs") as part:
-            part.write_text("".join(f"{run}\n" for run in runs), encoding="utf-8")
     return script.path
 
 

@@ -34,7 +34,7 @@ from .files import Lock, added_to, locked, read_json, write_json
 from .jobs import INTERRUPTED, RESUME, TERMINATED, WHOLE, JobError, at_work, unopened
 from .launch import Together, words_of
 from .progress import clock
-from .runs import check_joins, history, stages
+from .runs import check_joins, history, is_alone, stages
 from .sweeps import Point, Sweep, Task, find_sweeps, keep_copy, named_in, points, read_sweep
 from .sweeps import strings_in, tasks
 
@@ -253,11 +253,12 @@ LOCK = ".sweep"
 
 def turbvit(
     task: Task,
+    processes: int = 1,  # that share the work, unless it is that of one process
 ) -> list[str]:  # a command line
     "What does a task: `turbvit run`, from the base or from where it was stopped."
     begun = task.chapter.stage in history(task.point.folder)
     source = (task.point.folder,) if begun else (task.point.base, task.point.overrides)
-    return words_of(task.chapter.path, *source, lessons=False)
+    return words_of(task.chapter.path, *source, lessons=False, processes=1 if is_alone(task.chapter.stage) else processes)
 
 
 def choose(
@@ -284,6 +285,7 @@ def beside(
     sweep: Sweep,
     run: str,  # its name
     tell: Callable[[str, str], None] | None = None,  # gets task and line of what a chapter says
+    processes: int = 1,  # that share the work of a chapter
 ) -> None:
     "Do what is left of one run, beside other processes at the same sweep. Raises `LabError`; `JobError` has an exit code."
     cells = look(sweep)
@@ -295,7 +297,7 @@ def beside(
         if by_name[need].point.run != run and cells[by_name[need]].due:
             raise LabError(f"{run} waits for {need}, which is not done")
     due = [task for task in own if cells[task].due]
-    commands, needs = {task.name: turbvit(task) for task in due}, {task.name: [before.name] for before, task in pairwise(due)}
+    commands, needs = {task.name: turbvit(task, processes) for task in due}, {task.name: [before.name] for before, task in pairwise(due)}
     for _ in Together(commands, needs, 1, tell, sweep.config.threads):
         pass
 
@@ -322,6 +324,8 @@ class Sweeping:
     ):
         sweep.folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(sweep.folder, name=LOCK)
+        for part in [path for place in (sweep.folder, sweep.folder / "base") for path in place.glob(".*.part*")]:
+            part.unlink()  # of a sweep that was killed; what lies deeper is its runs'
         self.sweep, self.slots, self.chosen, self.command = keep_copy(sweep), slots, chosen, command
         self.running: dict[str, Event] = {}  # the last that each running task said
         self.begun: dict[str, float] = {}  # when each was started

@@ -11,7 +11,7 @@ __all__ = ['LETTERS', 'VORTICITY', 'VELOCITY', 'BLOCK', 'Archive', 'open_archive
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -457,13 +457,13 @@ def _copy(
     times: np.ndarray,
     dtype: str,
     progress: Callable,
+    alone: Callable[[Path], AbstractContextManager],
 ) -> PackedStore:
     "One trajectory into its store."
     if target.exists():
         return _already_imported(frames, target, regime, dtype)
     n, size = len(times), max(1, BLOCK // (8 * regime.NX**2 * len(frames.names)))
-    writer = PackedWriter(target, regime, n, dtype)
-    try:
+    with alone(target), closing(PackedWriter(target, regime, n, dtype)) as writer:
         if writer.count and not _same(frames, PackedStore(writer.part), dtype):
             raise StoreError(
                 f"{writer.part}: was begun from other frames; remove it to begin again"
@@ -475,8 +475,6 @@ def _copy(
                     raise FrameError(f"{frames.archive.path}: frame {i + 1} is not finite (NaN or infinite)")
                 writer.append(times[i], omega)
         return PackedStore(writer.finish(progress))
-    finally:
-        writer.close()
 
 # %% ../../nbs/physics/09_importers.ipynb #02aa91c7
 def _target(target: Path, regime: Regime, trajectories: int) -> Path:
@@ -503,6 +501,7 @@ def import_frames(
     length: float | None = None,  # of the box, where it has no coordinates; 2π by default
     dtype: str = "float32",  # or float64, which keeps every bit of the vorticity
     progress: Callable = lambda items, **kw: items,  # wraps the loop
+    alone: Callable[[Path], AbstractContextManager] = nullcontext,  # keeps other processes from a file while it is written
 ) -> list[PackedStore]:  # one per trajectory
     "Copy frames of another kind of file into packed stores: streamed, restartable, verified."
     check_packed_dtype(dtype)
@@ -513,7 +512,7 @@ def import_frames(
         frames.length = length or find_length(archive, frames.points("x"))
         if frames.has_velocity:
             check_divergence(frames)
-        given = dict(regime=regime, t_save=t_save, dtype=dtype, progress=progress)
+        given = dict(regime=regime, t_save=t_save, dtype=dtype, progress=progress, alone=alone)
         chosen = [replace(frames, trajectory=b) for b in _chosen(frames, trajectory)]
         return [_import_one(one, Path(target), len(chosen), **given) for one in chosen]
 
@@ -536,6 +535,7 @@ def _import_one(
     t_save: float | None,
     dtype: str,
     progress: Callable,
+    alone: Callable[[Path], AbstractContextManager],
 ) -> PackedStore:
     "One trajectory, its times and flow found."
     n, archive = frames.points("t"), frames.archive
@@ -543,4 +543,4 @@ def _import_one(
     flow = find_regime(archive, frames.points("x"), (times[-1] - times[0]) / (n - 1), regime)
     flow = replace(flow, IC=flow.IC + frames.trajectory)
     path = _target(target, flow, trajectories)
-    return _copy(frames, path, flow, times, dtype, progress)
+    return _copy(frames, path, flow, times, dtype, progress, alone)

@@ -8,11 +8,9 @@ __all__ = ['CONDITIONS', 'PACKED', 'PACKED_VERSION', 'PAGE', 'Regime', 'read_par
            'packed_path', 'check_packed_dtype', 'find_runs']
 
 # %% ../../nbs/physics/01_py2d.ipynb #79d61e2f
-import fcntl
 import os
 import re
 import shutil
-import socket
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -535,37 +533,9 @@ def _select(self: PackedStore, keep: np.ndarray):
     "Keep some of the frames."
     self._used, self.frames, self.times, self.checksums = self._used[keep], self.frames[keep], self.times[keep], self.checksums[keep]
 
-# %% ../../nbs/physics/01_py2d.ipynb #55d512fc
-class _Claim:
-    "The right to write a file, for one process at a time. Raises `StoreError` where another has it."
-    def __init__(self, path: Path):
-        self.path = path.with_name(f".{path.name}.lock")
-        while not self._held(path): self.file.close()
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
-
-    def _held(self, path: Path) -> bool:
-        "Take the lock; False if its file went away meanwhile."
-        self.file = open(self.path, "a+")
-        try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read() or "another process"
-            self.file.close()
-            raise StoreError(f"{path}: is being written by {holder}; wait for it to end, or stop it") from None
-        try: return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.path))
-        except FileNotFoundError: return False
-
-    def release(self):
-        "Let others write."
-        if self.file.closed: return
-        self.path.unlink(missing_ok=True)
-        self.file.close()
-
 # %% ../../nbs/physics/01_py2d.ipynb #1232cd08
 class PackedWriter:
-    "Writes a packed store, alone; resumes a `.part` that was left by a process that died."
+    "Writes a packed store, as the only one; resumes a `.part` that was left by a process that died."
     SYNC = 1 << 28  # bytes between two marks of what the disk is known to have
     BLOCK = 1 << 20  # bytes read at a time to see whether frames are as they were written
 
@@ -574,9 +544,7 @@ class PackedWriter:
         self.part, self._size = self.path.with_name(self.path.name + ".part"), regime.NX**2 * self.dtype.itemsize
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._claim = _Claim(self.path)
-            try: self._begin()
-            except BaseException: self._claim.release(); raise
+            self._begin()
         except OSError as error: raise StoreError(
             f"{self.path}: cannot be written ({_why(error)}); name another target"
         ) from None
@@ -683,7 +651,6 @@ def append(
 def close(self: PackedWriter):
     "Let go of the file; an unfinished `.part` stays for a later writer."
     self._file.close()
-    self._claim.release()
 
 @patch
 def rewind(self: PackedWriter, number: int):
