@@ -11,7 +11,6 @@ __all__ = ['WELCOME', 'app', 'console', 'Version', 'Set', 'Parameter', 'Lessons'
 # %% ../nbs/cli.ipynb #048955e2
 import functools
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -162,25 +161,6 @@ Processes = Annotated[int, typer.Option("--nproc", "-n", metavar="N", min=1, hel
 Nodes = Annotated[int, typer.Option("--nodes", min=1, help="machines that share it; the command is given on each of them")]
 Head = Annotated[str | None, typer.Option("--head", metavar="HOST:PORT", help="where they meet: the first and a free port there")]
 
-
-def _parameters(texts: Iterable[str]) -> dict:
-    "`name=value` texts as a dictionary; values are read as TOML where they can be."
-    import tomllib
-
-    from turbvit_nb.lab.config import LabError
-
-    given = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name in ("config", "overrides"):
-            remedy = "the config is an argument of its own, its keys are set by --set"
-            raise LabError(f"-p {text}: expected NAME=VALUE; {remedy}")
-        try:
-            given[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            given[name] = value
-    return given
-
 # %% ../nbs/cli.ipynb #ecbfcf38
 def _job(
     chapter: str,
@@ -268,13 +248,14 @@ def run(
     Exit codes: 0 done, 1 failed, 75 stopped by its wall-clock limit, 130 Ctrl-C, 138 kernel killed,
     143 SIGTERM. After 75 to 143: turbvit resume.
     """
+    from turbvit_nb.lab.config import parameters_of
     from turbvit_nb.lab.launch import one_machine
 
     if chapter == "all":
         one_machine(nodes)
         _all(config, set, lessons, nproc)
     else:
-        _job(chapter, config, set, _parameters(parameter), lessons, nproc, nodes, head)
+        _job(chapter, config, set, parameters_of(parameter), lessons, nproc, nodes, head)
 
 # %% ../nbs/cli.ipynb #2d11041a
 @app.command()
@@ -431,17 +412,11 @@ def inspect(
     _show(inspect_path(path, full))
 
 # %% ../nbs/cli.ipynb #59abb048
-def _examples() -> dict[str, Path]:
-    "The configs and job scripts that come with the package, by the name to ask for."
-    from turbvit_nb.lab.config import nbs_dir
-
-    files = [*nbs_dir().glob("configs/**/*.toml"), *nbs_dir().glob("jobs/*")]
-    return {path.relative_to(nbs_dir()).as_posix(): path for path in sorted(files)}
-
-
 def _example_names(incomplete: str) -> list[str]:
     "Examples that begin so, for completion."
-    return [name for name in _examples() if name.startswith(incomplete)]
+    from turbvit_nb.lab.config import examples
+
+    return [name for name in examples() if name.startswith(incomplete)]
 
 
 @app.command()
@@ -451,18 +426,11 @@ def example(
     target: Annotated[Path, typer.Argument(help="where to copy it: a file or a folder")] = Path("."),
 ) -> None:
     "Copy a config or a job script that comes with the package; without a name, list them."
-    from turbvit_nb.lab.config import LabError, hint
+    from turbvit_nb.lab.config import copy_example, examples
 
     if not name:
-        return console.print("\n".join(_examples()))
-    if name not in _examples():
-        raise LabError(f"no example {name}{hint(name, _examples())}; turbvit example lists them")
-    target = target.expanduser() / Path(name).name if target.is_dir() else target.expanduser()
-    if target.exists():
-        raise LabError(f"{target} is there already; name another file to copy {name} to")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_examples()[name], target)
-    console.print(f"[green]done[/]: {escape(nice(target))}")
+        return console.print("\n".join(examples()))
+    console.print(f"[green]done[/]: {escape(nice(copy_example(name, target)))}")
 
 # %% ../nbs/cli.ipynb #76bfc47b
 @app.command()
@@ -588,13 +556,14 @@ def import_(
     dtype: Annotated[str, typer.Option(help="float32, or float64")] = "float32",
 ) -> None:
     "Copy frames of NumPy, NetCDF, HDF5 or Zarr into packed files, verified; restartable."
+    from turbvit_nb.lab.config import parameters_of
     from turbvit_nb.lab.files import only_writer
     from turbvit_nb.lab.progress import progress
     from turbvit_nb.physics.importers import import_frames
 
     where = dict(variable=variable, axes=axes, trajectory=trajectory)
     what = dict(t_save=t_save, length=length, dtype=dtype, progress=progress, alone=only_writer)
-    for store in import_frames(source, target, _parameters(flow) or None, **where, **what):
+    for store in import_frames(source, target, parameters_of(flow) or None, **where, **what):
         console.print(f"[green]done[/]: {escape(nice(store.path))}")
 
 # %% ../nbs/cli.ipynb #3f1e817f

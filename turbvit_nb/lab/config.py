@@ -6,7 +6,7 @@
 __all__ = ['Kept', 'Own', 'Below', 'plain_line', 'LabError', 'disk_trouble', 'is_users', 'in_one_line', 'load_ipython_extension',
            'hint', 'Section', 'root', 'nbs_dir', 'runs_dir', 'as_path', 'data_path', 'run_folder', 'named_file',
            'needed_file', 'find_config', 'read_toml', 'Top', 'registry', 'ours', 'schemas', 'schema', 'Config',
-           'load_config', 'code_version', 'versions']
+           'load_config', 'code_version', 'versions', 'examples', 'copy_example', 'parameters_of']
 
 # %% ../../nbs/lab/00_config.ipynb #f51763b5
 import errno
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tomllib
 import traceback
@@ -522,3 +523,40 @@ _NUMERICAL = ("torch", "numpy", "scipy", "h5py", "xarray")
 def versions() -> dict[str, str]:  # "python" and the libraries: version
     "What computes, besides this package."
     return {"python": platform.python_version()} | {name: version(name) for name in _NUMERICAL}
+
+# %% ../../nbs/lab/00_config.ipynb #501a6162
+def examples() -> dict[str, Path]:
+    "The configs and job scripts that come with the package, by the name to ask for."
+    files = [*nbs_dir().glob("configs/**/*.toml"), *nbs_dir().glob("jobs/*")]
+    return {path.relative_to(nbs_dir()).as_posix(): path for path in sorted(files)}
+
+
+def copy_example(
+    name: str,  # one of `examples`
+    target: Path,  # a file that is not there yet, or a folder
+) -> Path:  # the file
+    "Copy one of them. Raises `LabError` for a name that is none, and a file that is there."
+    if name not in examples():
+        raise LabError(f"no example {name}{hint(name, examples())}; turbvit example lists them")
+    target = target.expanduser() / Path(name).name if target.is_dir() else target.expanduser()
+    if target.exists():
+        raise LabError(f"{target} is there already; name another file to copy {name} to")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(examples()[name], target))
+
+
+def parameters_of(
+    texts: Iterable[str],  # name=value
+) -> dict[str, Any]:
+    "Parameters of a notebook; values are read as TOML where they can be. Raises `LabError`."
+    given = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name in ("config", "overrides"):
+            remedy = "the config is an argument of its own, its keys are set by --set"
+            raise LabError(f"-p {text}: expected NAME=VALUE; {remedy}")
+        try:
+            given[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            given[name] = value
+    return given
