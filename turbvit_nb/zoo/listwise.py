@@ -89,8 +89,8 @@ class ListNetwork(nn.Module):
         dim: int = 32,
         depth: int = 2,
         num_heads: int = 4,
-        dropout: float = 0.2,
-        noise: float = 0.3,
+        dropout: float = 0.3,
+        noise: float = 0.5,
     ):
         super().__init__()
         self.noise = noise
@@ -119,7 +119,7 @@ class ListNetwork(nn.Module):
             return score
         return score + self.product(values, batch["flow"][:, None].expand(-1, values.shape[1], -1).contiguous())
 
-# %% ../../nbs/zoo/08_listwise.ipynb #104b3795
+# %% ../../nbs/zoo/08_listwise.ipynb #2b43eb9b
 class ListConfig(Section):
     "The transformer that ranks lists."
 
@@ -127,14 +127,14 @@ class ListConfig(Section):
     dim: int = Field(32, gt=0)  # width of a token
     depth: int = Field(2, ge=0)  # blocks
     num_heads: int = Field(4, gt=0)  # per block; a divisor of dim
-    dropout: float = Field(0.2, ge=0, lt=1)
-    noise: float = Field(0.3, ge=0)  # added to the numbers of the models in training, in standard deviations
+    dropout: float = Field(0.3, ge=0, lt=1)
+    noise: float = Field(0.5, ge=0)  # added to the numbers of the models in training, in standard deviations
     loss: Literal["plackett-luce", "pairwise"] = "plackett-luce"
     temperature: float = Field(3.0, ge=1)  # of the loss at the start of the training; 1 at its end
     epochs: int = Field(40, gt=0)  # each shows every flow once
     batch_size: int = Field(2, gt=0)  # lists
     lr: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(3.0, ge=0)
     least: float = Field(0.5, gt=0, le=1)  # smallest part of the models in a list
     members: int = Field(2, gt=0)  # networks whose scores are averaged
     seed: int = 0
