@@ -222,6 +222,7 @@ def test_a_sweep_is_an_array(site, tmp_path):
     assert all((folder / "ranks" / "02_train.rank1.log").exists() for folder in folders)
 
 
+@pytest.mark.soak
 def test_a_training_on_two_nodes(site, tmp_path):
     "A rank on each, stopped by its clock and gone on with by another job of two nodes."
     with open(tmp_path / "queue.toml", "a") as file:
