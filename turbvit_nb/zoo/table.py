@@ -225,7 +225,13 @@ def fitted(
         width[block] = np.where(size > 1e-12 * np.maximum(np.abs(centre[block]), 1.0), size, 1.0)
     return Standard(centre, width)
 
-# %% ../../nbs/zoo/05_table.ipynb #e3ae6f1b
+# %% ../../nbs/zoo/05_table.ipynb #8fe4ff49
+def _over_tokens(tokens: np.ndarray) -> np.ndarray:
+    "The mean (M, D) over the tokens (M, T, D) that are there; 0 where none is."
+    there = ~np.isnan(tokens).any(-1, keepdims=True)
+    return np.where(there, tokens, 0.0).sum(1) / np.maximum(there.sum(1), 1)
+
+
 def design(
     table: Table,  # standardised
     sees: Sequence[str],  # of `FEATURES` and "weights"
@@ -239,7 +245,7 @@ def design(
         if block in ("probes", "free"):
             parts += [values, values - np.median(values, 0), normal_scores(values)]
             continue
-        values = np.nan_to_num(np.nanmean(values, 1)) if block == "weights" else values
+        values = _over_tokens(values) if block == "weights" else values
         values = values[None] if block == "flow_features" else values[:, None]
         parts.append(np.broadcast_to(values, (*many, values.shape[-1])))
     return np.concatenate(parts, -1) if parts else np.zeros((*many, 0))
