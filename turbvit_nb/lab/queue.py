@@ -38,11 +38,11 @@ class Resources(Section):
 
     walltime: Walltime = "12:00:00"  # hours:minutes:seconds
     margin: int = Field(20, ge=1)  # minutes before its end at which the chapter is asked to stop
-    nodes: int = Field(1, ge=1)  # machines that share a training; all other numbers are of each of them
+    nodes: int = Field(1, ge=1)  # machines that share the work; all other numbers are of each of them
     cpus: int = Field(8, ge=1)  # processor cores
     gpus: int = Field(0, ge=0)
     memory: str = Field("16gb", pattern=r"^\d+(mb|gb)$")
-    ranks: int = Field(1, ge=1)  # processes that share a training; a chapter that is the work of one process has one, on one node
+    ranks: int = Field(1, ge=1)  # processes that share the work; a chapter that is the work of one process has one, on one node
     queue: Line | None = None  # or partition
     account: Line | None = None  # or project
     lines: list[Line] = []  # further directives, as they would follow #PBS or #SBATCH
