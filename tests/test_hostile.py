@@ -408,13 +408,13 @@ def scripts(place: Path, made: list, environment: dict, study=None) -> list[list
     own = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "SAID": str(said)} | environment
     for script in made:
         for queue in (QueueConfig(system="slurm", setup=["true"]), QueueConfig(system="pbs")):
-            text = script.text(queue, place)
+            text = script.texts(queue, place)[script.path]
             (place / "s.sh").write_text(text, encoding="utf-8")
             assert subprocess.run(["bash", "-n", place / "s.sh"], capture_output=True).returncode == 0
             asked = [line for line in text.split("\n") if line.startswith(("#SBATCH", "#PBS"))]
             assert all(str(place) not in line or "queue/" in line for line in asked)
         if study is None or script.name.endswith("-1"):
-            (place / "s.sh").write_text(script.text(QueueConfig(system="slurm"), place), encoding="utf-8")
+            (place / "s.sh").write_text(script.texts(QueueConfig(system="slurm"), place)[script.path], encoding="utf-8")
             if study is not None:
                 script.folder.mkdir(parents=True, exist_ok=True)
                 (script.folder / f"{script.name}.runs").write_text("".join(f"{point.run}\n" for point in study.points))
