@@ -11,7 +11,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOADED = ["torch", "scipy.stats", "matplotlib.pyplot", "holoviews", "xarray", "pydantic", "nbdev.test"]
+PRELOADED = [  # what most notebooks import, none of it ours
+    "torch", "torch.distributed.fsdp", "scipy.stats", "scipy.optimize", "sklearn.ensemble", "matplotlib.pyplot", "holoviews.plotting.mpl", "xarray", "h5netcdf",
+    "pydantic", "papermill", "nbdev.test",
+]
 AT_ONCE = 2
 
 
