@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADLINE', 'REACHES', 'CompareConfig', 'compare_settings', 'sweep_folders', 'compared_folders', 'Entry',
-           'result_identity', 'cost', 'gather', 'entries_of', 'synthetic_entry', 'synthetic_climate', 'study_step',
-           'step_at', 'drift_words', 'row', 'climate_columns']
+           'result_identity', 'cost', 'gather', 'setting_of', 'entries_of', 'synthetic_entry', 'synthetic_climate',
+           'study_step', 'step_at', 'drift_words', 'row', 'climate_columns']
 
 # %% ../../nbs/study/00_entries.ipynb #66af2e5f
 import math
@@ -197,7 +197,7 @@ def _some(names: Sequence[str], all_of: int) -> str:
 _BARE = "has no analyses; run 05_short_analysis and 06_long_analysis on it"
 
 
-def _setting(config: Path) -> dict:
+def setting_of(config: Path) -> dict:
     "A run's config with the defaults of keys that came later; as it was written where this version cannot read it."
     if not config.exists():
         return {}
@@ -217,7 +217,7 @@ def entries_of(run: str, folder: Path) -> tuple[list[Entry], list[str]]:
     names = list(dict.fromkeys([*scores, *(name for name in climates if name != "truth")]))
     if not names:
         missing.append(f"{run} {_BARE}")
-    entries, setting = [], _setting(folder / "config.toml")
+    entries, setting = [], setting_of(folder / "config.toml")
     for name in names:
         results = scores.get(name), climates.get(name)
         identity = result_identity(name, *results)

@@ -45,9 +45,9 @@ class Flow:
     frames: tuple[int, int]  # [start, end) of their numbers
     others: tuple[str, ...] = ()  # folders of further runs, whose frames tell the climatology
 
-    def section(self, step: int = 1, runs: Sequence[str] | None = None) -> DatasetConfig:
+    def section(self, step: int = 1) -> DatasetConfig:
         "The frames as a section of a config, `step` frames from one state to the next."
-        return DatasetConfig(data_dirs=list(runs or self.runs), frame_range=[self.frames], target_step=step, input_step=step, mode="read")
+        return DatasetConfig(data_dirs=list(self.runs), frame_range=[self.frames], target_step=step, input_step=step, mode="read")
 
 
 # %% ../../nbs/zoo/02_flows.ipynb #b95ab3c1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Zoo', 'zoo_folder', 'index_zoo', 'read_zoo', 'zoo_settings', 'unfit', 'measure', 'probe', 'Measurement', 'measured',
-           'pairs', 'left', 'measure_model', 'zoo_line', 'measure_zoo', 'practice_runs']
+           'pairs', 'left', 'measure_model', 'zoo_line', 'measure_zoo', 'practice_runs', 'practice_run']
 
 # %% ../../nbs/zoo/04_measures.ipynb #238be10a
 import json
@@ -30,10 +30,10 @@ from ..emulators.files import emulator_state, load_emulator
 from ..emulators.kinds import Kind
 from ..lab.checkpoints import Identity, as_state
 from ..lab.config import LabError, as_path, load_config, runs_dir
-from ..lab.files import Lock, atomic, earlier, file_hash, read_arrays, read_json, write_checkpoint, write_json
+from ..lab.files import Lock, atomic, earlier, read_arrays, read_json, write_checkpoint, write_json
 from ..lab.progress import note, progress
 from ..model import ModelConfig, Normaliser, create_emulator
-from .catalogue import KEY, Model, catalogue
+from .catalogue import Model, catalogue
 from turbvit_nb.zoo.flows import (
     Climate, Flow, Starts, climate_from, deal, find_flows, flow_climate, open_flow, read_starts, shortest_record, steps_of,
 )
@@ -175,10 +175,9 @@ def measure(
 ) -> dict[str, Any]:  # plain values
     "What a model does in a flow."
     step, (probes, *hands) = steps_of(model, flow), deal(flow, settings)
-    kind = flow, emulator.fields, emulator.num_frames
     begun = time.perf_counter()
     leads = [lead // step for lead in settings.leads]
-    x, cond, truth = _starts(flow, _joined(hands), *kind[1:], step, tuple(settings.leads))
+    x, cond, truth = _starts(flow, _joined(hands), emulator.fields, emulator.num_frames, step, tuple(settings.leads))
     scores = forecast_scores(velocities(emulator, x, cond, max(leads)), truth, leads, torch.from_numpy(climate.mean))
     ends = np.cumsum([len(hand.run) for hand in hands])[:-1]
     forecasts = [{name: part.mean(0).tolist() for name, part in zip(scores, parts)} for parts in zip(*(np.split(v.numpy(), ends) for v in scores.values()))]
@@ -242,7 +241,8 @@ def pairs(zoo: Zoo) -> dict[str, list[Flow]]:
 
 def left(zoo: Zoo) -> dict[str, list[Flow]]:
     "By key of the model: the flows in which it has not been measured."
-    due = {model.key: [flow for flow in pairs(zoo)[model.key] if measured(zoo, model, flow) is None] for model in zoo.models}
+    fits = pairs(zoo)
+    due = {model.key: [flow for flow in fits[model.key] if measured(zoo, model, flow) is None] for model in zoo.models}
     return {key: flows for key, flows in due.items() if flows}
 
 
@@ -253,7 +253,7 @@ def measure_model(
     "Measure a model in all flows that it has not been measured in; nothing where another process is at it."
     zoo = read_zoo(folder)
     model = next(model for model in zoo.models if model.key == key)
-    if not model.path.exists() or file_hash(model.path)[:KEY] != key:
+    if not model.is_there:
         return f"{model.name} has moved or changed since the zoo was indexed; run turbvit zoo index again", 0
     own = zoo.path / "measures" / key
     own.mkdir(parents=True, exist_ok=True)
@@ -335,10 +335,10 @@ def practice_runs(
             taught = {"data_dirs": [str(folder / f"data/re{Re:g}") for Re in reynolds], "trajectories": [1], "frame_range": [[1, 81]]}
             name = f"noise_{strength:g}_{seed}"
             said = {"output_dir": name, "seed": seed, "why": f"strength {strength:g}", "model": config.model_dump(exclude_none=True), "train_dataset": taught}
-            _practice_run(folder / "runs" / name, emulator, said)
+            practice_run(folder / "runs" / name, emulator, said)
 
 
-def _practice_run(folder: Path, emulator: Kind, config: Mapping) -> None:
+def practice_run(folder: Path, emulator: Kind, config: Mapping) -> None:
     "Write a model as if it had been trained."
     with atomic(folder / "config.toml") as part:
         part.write_text(tomli_w.dumps(config))

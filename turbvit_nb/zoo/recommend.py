@@ -20,13 +20,13 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from ..compress.latency import interleaved
 from ..emulators.files import load_emulator
 from ..lab.config import LabError, data_path, hint
-from ..lab.files import earlier, file_hash, read_json, write_json
+from ..lab.files import earlier, read_json, write_json
 from ..lab.index import in_words
 from ..lab.plots import Table as Shown
 from ..lab.progress import note, progress
 from ..physics.py2d import CONDITIONS
 from ..study.costs import machine, step_of, torch_threads
-from .catalogue import KEY, Model
+from .catalogue import Model
 from .flows import Climate, Flow, Starts, find_flows, flow_climate, flow_features, steps_of
 from .measures import Zoo, measured, probe
 from .rankers import Measured, MeanRank, NearestFlow, Ranker, boosting, ridge
@@ -130,7 +130,7 @@ def latencies(
 
 def is_there(model: Model) -> bool:
     "Whether the file of a model is still the one that was listed; where it is not, that is said."
-    if model.path.exists() and file_hash(model.path)[:KEY] == model.key:
+    if model.is_there:
         return True
     note(f"{model.name} has moved or changed since the zoo was indexed, and is left out; run turbvit zoo index and measure")
     return False
