@@ -214,6 +214,9 @@ def coding_scores(
     mean = lambda values: values.square().mean(0)
     true, kept, off = (mean(band_rms(field, edges)) for field in (there, omega, omega - there))
     found = {"vrmse_omega": vrmse(omega, there).mean().item(), "vrmse_u": vrmse(frames.double(), truth.double()).mean().item()}
+    strong, wanted = (field.abs().flatten().sort().values[int(0.999 * field.numel())] for field in (omega, there))
+    diverging = Grid.of(frames).divergence(frames.double()).square().mean().sqrt()
+    found |= {"tail": (strong / wanted).item(), "divergence": (diverging / there.square().mean().sqrt()).item()}
     found |= {f"lost_{i}": (1 - kept[i] / true[i]).item() for i in range(len(true))}
     return found | {f"error_{i}": (off[i] / true[i]).sqrt().item() for i in range(len(true))}
 

@@ -79,14 +79,16 @@ def rate_figure(coders: Sequence[Coding]) -> hv.Overlay:
 
 
 def coder_table(coders: Sequence[Coding]) -> Table:
-    "All coders, a line each; of bands the share of the enstrophy that is lost, in percent."
+    "All coders, a line each; of bands the share of the enstrophy that is lost, in percent; tail and divergence as in `coding_scores`."
     rows = []
     for one in coders:
         row = {"kind": one.kind, "numbers of a frame": f"{one.size:,.4g}", "VRMSE of ω": f"{one.scores['vrmse_omega']:.3f}"}
         row |= {told: "–" if (value := one.linear(name)) is None else f"{value:.3f}" for name, told in LINEAR.items()}
         row |= {"of u, v": f"{one.scores['vrmse_u']:.3f}"}
         row |= {f"lost, band {i}": f"{100 * one.scores[f'lost_{i}']:.1f}" for i in range(4)}
-        rows.append(row | {"error, band 2": f"{one.scores['error_2']:.2f}"})
+        row |= {"error, band 2": f"{one.scores['error_2']:.2f}"}
+        told = {name: one.scores.get(name) for name in ("tail", "divergence")}  # runs of earlier versions do not say
+        rows.append(row | {name: "–" if value is None else f"{value:.2f}" for name, value in told.items()})
     return Table(rows, "Coders of frames and linear codes of the same size, on frames never seen")
 
 # %% ../../nbs/study/17_coders.ipynb #37c214f2
