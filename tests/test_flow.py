@@ -1,4 +1,5 @@
 """Generative emulators as a job: the same bits after a stop, members in inference, scores as of an ensemble, one line for a mistake."""
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from same_bits import StopSoon, equal
 from turbvit_nb.climate.rollouts import open_rollouts
+from turbvit_nb.distil import distil
 from turbvit_nb.flow.generative import Generative
 from turbvit_nb.flow.job import train_flow
 from turbvit_nb.inference import infer
@@ -14,6 +16,7 @@ from turbvit_nb.lab.config import LabError, load_config
 from turbvit_nb.lab.files import read_checkpoint
 from turbvit_nb.lab.runs import Stopped, open_run
 from turbvit_nb.model import ModelConfig, Normaliser, card, create_emulator, emulator_state, load_emulator
+from turbvit_nb.prune import prune
 from turbvit_nb.short_analysis import short_analysis
 from turbvit_nb.study.entries import cost
 
@@ -104,6 +107,56 @@ def test_an_emulator_draws_about_another(home):
     assert alone["both"] == alone["mean"] + card(best)["flops"]
     best = load_emulator(run.checkpoints / "best.tar")
     assert all(torch.equal(a, b) for a, b in zip(best.around.state_dict().values(), mean.state_dict().values()))
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    "All numbers of a module."
+    return [*module.state_dict().values()]
+
+
+@pytest.mark.parametrize("network, how, pruned", [
+    ("DiT", dict(method="crps"), ["unit=['head', 'channel']", "importance_metric=taylor"]),
+    ("ToldUNet", dict(method="meanflow", around="mean.tar"), ["importance_metric=fisher", "compensate=obs"]),
+])
+def test_what_draws_is_pruned_like_any_other(home, network, how, pruned):
+    "Its small model draws the same, and the emulator about which it draws stays as it is."
+    mean = create_emulator(ModelConfig(img_size=16, **NETWORKS["DiT"]), Normaliser([0, 0], [1.0, 1.0], [0.1, 0.1]), step=0.2)
+    torch.save(emulator_state(mean), home / "mean.tar")
+    train_flow(run := open_run(config(home, "whole", network, epochs=1, **how), "flow"))
+    run.close()
+    plan = ["prune_schedule=[0.5]", "epoch_schedule=[1]", "score_batches=2", *pruned]
+    tuned = ["finetuning.batch_size=8", "finetuning.rollout_steps=3", "finetuning.rollout_starts=2", "finetuning.precision=fp32", "finetuning.unroll=2"]
+    rows = prune(run := open_run(run.path, "prune", overrides=[*(f"pruning.{key}" for key in plan), *tuned]))
+    assert 0 < rows[-1]["finetuned"]["crps"] < 10 and rows[-1]["finetuned"]["spread_skill"] > 0
+    kept = load_emulator(run.checkpoints / f"{rows[-1]['name']}.tar")
+    masks = read_checkpoint(run.checkpoints / f"{rows[-1]['name']}.tar")["masks"]
+    assert all(not kept.get_parameter(name)[~mask.bool()].any() for name, mask in masks.items()) and rows[-1]["percent"] < 95
+    if network == "DiT":
+        assert rows[-1]["small"]["difference"] < 1e-4 and rows[-1]["small"]["parameters"] < rows[-1]["parameters"]
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(weights(kept.around), weights(mean), strict=True))
+        assert not any("around" in name for name in masks)
+
+
+@pytest.mark.parametrize("changes, told", [
+    (["pruning.importance_metric=gauss_newton"], "gauss_newton is for squared errors"),
+    (["distillation.distill_weight=0.5"], "leave [distillation] out"),
+    (["finetuning.compile=true"], "goes neither through compiled code nor"),
+])
+def test_what_cannot_be_asked_of_its_pruning_is_one_line(home, changes, told):
+    train_flow(run := open_run(config(home, "drawn", method="meanflow", epochs=1, steps_per_epoch=1), "flow"))
+    run.close()
+    with pytest.raises(LabError, match=re.escape(told)) as error:
+        prune(open_run(run.path, "prune", overrides=["pruning.importance_metric=l1", "pruning.prune_schedule=[0.5]", "pruning.epoch_schedule=[1]", *changes]))
+    assert "\n" not in str(error.value)
+
+
+def test_what_draws_is_no_student(home):
+    train_flow(run := open_run(config(home, "drawn", method="meanflow", epochs=1, steps_per_epoch=1), "flow"))
+    run.close()
+    start = str(run.checkpoints / "best.tar")
+    with pytest.raises(LabError, match="holds an emulator that draws, which has no teacher"):
+        distil(open_run(run.path, "distil", overrides=[f"checkpoint_file={start}", "finetuning.epochs=1", "distillation.distill_weight=0.5"]))
 
 
 def test_an_emulator_to_draw_about_that_is_not_there_is_named(home):

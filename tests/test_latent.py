@@ -138,6 +138,9 @@ def test_an_emulator_in_codes_is_trained_pruned_rolled_out_and_scored(home):
     assert learner.step and not any("coder" in name for name, p in best.named_parameters() if p.requires_grad)
     prune(run := open_run(path, "prune"))
     run.close()
+    pruned = load_emulator(run.checkpoints / "prune1_remaining_50.0.tar")
+    coders = [one.coder.state_dict().values() for one in (best, pruned)]
+    assert all(torch.equal(a, b) for a, b in zip(*coders)) and not pruned.network.output.weight.all()
     whole = infer(run := open_run(path, "inference"))["best"][0].read()
     run.close()
     again = torch.cat(list(rollout(best, torch.from_numpy(vorticity_of(run.path)), 6)))[:, 0]

@@ -14,11 +14,12 @@ from turbvit_nb.compress.materialize import kept_indices, materialize, small_mas
 from turbvit_nb.compress.schedules import Step
 from turbvit_nb.compress.selection import SCOPES, select
 from turbvit_nb.compress.units import UNITS, unit_named
+from turbvit_nb.flow.generative import Generative
 from turbvit_nb.lab.config import LabError
 from turbvit_nb.lab.training import LoopConfig, build_optimizer
 from turbvit_nb.layers.attention import Block
 from turbvit_nb.model import (
-    Emulator, ModelConfig, Normaliser, card, create_emulator, emulator_state, load_emulator, losses,
+    Emulator, ModelConfig, Normaliser, card, create_emulator, create_model, emulator_state, load_emulator, losses,
 )
 
 COND = [1000.0, 0.0, 4.0, 0.1, 20.0]
@@ -111,6 +112,27 @@ def test_through_a_file(name, tmp_path):
     less = random_masks(again, 4, 0.5, ["channel"])
     torch.testing.assert_close(materialize(again, less)(x, cond), less.apply(again)(x, cond), rtol=1e-5, atol=1e-5)
     assert card(small)["flops"] < card(emulator)["flops"]
+
+
+@pytest.mark.parametrize("words, share", [(["head"], 0.5), (["channel"], 1.0), (["head", "channel"], 0.5), (["block"], 0.7)])
+def test_one_that_draws_is_cut_like_any_other(words, share, tmp_path):
+    "A diffusion transformer, whose blocks are scaled by what they are told: of the same noise the same member, also from a file."
+    torch.manual_seed(0)
+    config = ModelConfig(model_type="DiT", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=4, mlp_ratio=1.5)
+    emulator = Generative(create_model(**config.model_dump()), Normaliser([0.0, 0.0], [1.0, 2.0], [0.5, 0.5]), step=0.1).double()
+    for p in emulator.network.parameters():
+        nn.init.normal_(p, std=0.2)
+    masks, (x, cond) = random_masks(emulator, 3, share, words), flow(emulator)
+    small, masked = materialize(emulator, masks), masks.apply(deepcopy(emulator))
+    member = lambda one: one(x, cond, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert (member(small) - member(masked)).abs().max() <= 1e-11 * member(masked).abs().max()
+        assert (member(emulator) - member(masked)).abs().max() > 1e-3 * member(masked).abs().max()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in emulator.parameters())
+    small = small.float().eval()
+    torch.save(emulator_state(small), tmp_path / "small.tar")
+    again, x, cond = load_emulator(tmp_path / "small.tar"), x.float(), cond.float()
+    assert torch.equal(member(again), member(small)) and again.network.config == small.network.config
 
 
 def some_steps(emulator: Emulator, masks: Masks, state: dict | None, steps: int = 2) -> dict:

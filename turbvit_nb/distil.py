@@ -104,6 +104,8 @@ def read_student(
     emulator, state = load_emulator(path, run.device), read_checkpoint(path, run.device)
     if not isinstance(emulator, Emulator):
         raise LabError(f"checkpoint_file = {named} holds no network that could be trained")
+    if emulator.stochastic:
+        raise LabError(f"checkpoint_file = {named} holds an emulator that draws, which has no teacher: 14_flow trains it, 03_prune prunes it")
     role = "control" if _is_control(run.config) else "distilled"
     known = identity_of(state, path.stem)
     identity = Identity("distilled", role, known.stage, known.remaining, parent=named)

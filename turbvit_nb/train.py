@@ -174,13 +174,14 @@ def fit_emulator(
     batches: Batches,  # of training
     validation: Validation,
     callbacks: Iterable[Callback] = (),  # more: masks, distillation
+    loss: Callable[[Emulator, dict], Tensor] = losses,  # of each sample of a batch (B,)
     **chosen,  # identity, prefix and optimizer of `lab.training.fit`
 ) -> Learner:  # done
     "Train an emulator through its own steps, judged by its rollouts. Raises as `lab.training.fit`."
     monitor = settings.monitor if can_roll(emulator) else "validation_loss"
     own = past_one_step(emulator, settings, batches, run.config.top.seed)
     return fit(
-        run, emulator, losses, batches, validation, lambda: emulator_state(emulator), settings,
+        run, emulator, loss, batches, validation, lambda: emulator_state(emulator), settings,
         monitor=monitor, higher=monitor in HIGHER, callbacks=[*own, *callbacks],
         weights=emulator.network, show=["validation_loss"], **chosen,
     )

@@ -184,7 +184,8 @@ def _tokens(emulator: Emulator, x: Tensor, cond: Tensor) -> dict[str, tuple[int,
     seen, hooks = {}, []
     for tower in emulator.network.towers:
         note = lambda _, inputs, tower=tower: seen.update({tower: tuple(inputs[0].shape[1:])})
-        hooks.append(emulator.network.get_submodule(tower).register_forward_pre_hook(note))
+        blocks = emulator.network.get_submodule(tower)
+        hooks.append((blocks[0] if len(blocks) else blocks).register_forward_pre_hook(note))
     emulator(x, cond)
     for hook in hooks:
         hook.remove()

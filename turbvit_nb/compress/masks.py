@@ -19,11 +19,11 @@ from ..lab.learner import Callback, Learner
 def prunable(
     model: nn.Module,
 ) -> dict[str, nn.Parameter]:  # in the order of the modules; a weight that two layers share once
-    "The weights of all linear and (transposed) convolution layers, by parameter name."
+    "The weights of all linear and (transposed) convolution layers, by parameter name; not those that are held fixed, as a coder's."
     found, seen = {}, set()
     for name, module in model.named_modules():
         layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-        if layer and id(module.weight) not in seen:
+        if layer and module.weight.requires_grad and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found[f"{name}.weight" if name else "weight"] = module.weight
     return found

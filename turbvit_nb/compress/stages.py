@@ -25,7 +25,7 @@ from ..lab.config import LabError
 from ..lab.files import read_checkpoint
 from ..lab.learner import Callback, Cosine, Learner, Warmup
 from ..lab.training import LoopConfig
-from ..model import Emulator, card, emulator_state, load_emulator, load_weights
+from ..model import Emulator, card, emulator_state, load_emulator, load_weights, rollout
 
 # %% ../../nbs/compress/12_stages.ipynb #fe402ad9
 @dataclass
@@ -137,10 +137,9 @@ def difference(
     other: Emulator,  # of the same fields
     batch: dict[str, Tensor],  # x and cond
 ) -> float:  # in standard deviations of the field
-    "The largest difference between the steps of two emulators."
-    first, second = (
-        one.normaliser.normalise(each.eval()(batch["x"], batch["cond"])) for each in (one, other)
-    )
+    "The largest difference between the steps of two emulators; those that draw draw the same noise."
+    steps = (rollout(each, batch["x"], one.out_frames, cond=batch["cond"]) for each in (one, other))
+    first, second = (one.physical.normalise(torch.stack([*frames], 2)) for frames in steps)
     return (first - second).abs().max().item()
 
 # %% ../../nbs/compress/12_stages.ipynb #d1616a5e

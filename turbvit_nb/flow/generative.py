@@ -269,7 +269,7 @@ def generative_losses(
     z: Tensor,  # normalised frames (B, C, T, N, N)
     cond: Tensor | None,  # flow parameters (B, P)
     wanted: Tensor,  # the next frame, normalised (B, C, 1, N, N); with CRPS the next K
-    e: Tensor,  # noise (B, C, 1, N, N); of CRPS (M, B, C, K, N, N)
+    e: Tensor,  # noise (B, C, 1, N, N); of CRPS (B, M, C, K, N, N)
     r: Tensor,  # times (B,)
     t: Tensor,  # times (B,), r ≤ t
     told: Tensor | None = None,  # (B,), whether a sample is told its regime
@@ -286,17 +286,18 @@ def ensemble_losses(
     z: Tensor,  # normalised frames (B, C, T, N, N)
     cond: Tensor | None,  # flow parameters (B, P)
     wanted: Tensor,  # the next K frames, normalised (B, C, K, N, N)
-    e: Tensor,  # noise (M, B, C, K, N, N)
+    e: Tensor,  # noise (B, M, C, K, N, N)
     told: Tensor | None = None,  # (B,)
 ) -> Tensor:  # (B,)
     "The fair CRPS of members that go their own ways, mean over K steps."
-    states, origins, losses = [z] * len(e), [self.origin(z, cond)] * len(e), []
+    noises, losses = e.unbind(1), []
+    states, origins = [z] * len(noises), [self.origin(z, cond)] * len(noises)
     zero = z.new_zeros(len(z))
     for lead, truth in enumerate(wanted.split(1, 2)):
         if lead:
             origins = [self.origin(each, cond) for each in states]
         members = []
-        for frames, origin, one in zip(states, origins, e):
+        for frames, origin, one in zip(states, origins, noises):
             drawn = self.mean_velocity(frames, cond)(one[:, :, lead : lead + 1], zero, zero + 1, told)
             members.append(self.constrained(origin + self.sized(drawn)))
         losses.append(crps(torch.stack(members), truth, self.in_bands))

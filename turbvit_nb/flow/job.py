@@ -59,6 +59,11 @@ class FlowConfig(LoopConfig):
         return dict(kind=self.times) | ({} if self.times == "uniform" else dict(mean=self.times_mean, std=self.times_std))
 
     @property
+    def draws(self) -> dict:
+        "What is drawn for a batch, as arguments of `draws_for`."
+        return dict(equal=self.equal, members=self.members, **self.drawn_times)
+
+    @property
     def how(self) -> dict:
         "How the model is taught and sampled, as arguments of `Drawing.draw_by`."
         same = ("method", "path", "solver", "steps", "power", "guidance")
@@ -155,16 +160,15 @@ def train_flow(
     flow, model = run.config.section("flow"), run.config.section("model")
     train_set, validation_set = training_sets(run.config, model.fields, model.num_frames)
     emulator, seed = build_generative(run, train_set, about), run.config.top.seed
-    how = dict(equal=flow.equal, members=flow.members, **flow.drawn_times)
     validation = EnsembleValidation(
         validation_set, climatology(train_set), flow.rollout_steps, flow.rollout_starts, device=run.device,
-        members=flow.rollout_members, how=how,
+        members=flow.rollout_members, how=flow.draws,
     )
     batches = training_batches(train_set, flow, seed, run.device)
     learner = fit(
         run, emulator, drawn_losses, batches, validation, lambda: emulator_state(emulator), flow,
         monitor=flow.monitor or "crps", identity=Identity("best", "generative", parent=flow.around),
-        callbacks=[unrolling(emulator, flow, train_set), Draws(emulator, seed, **how), *callbacks], weights=emulator.network, show=["validation_loss", "spread_skill"],
+        callbacks=[unrolling(emulator, flow, train_set), Draws(emulator, seed, **flow.draws), *callbacks], weights=emulator.network, show=["validation_loss", "spread_skill"],
     )
     keep_samplers(run, flow.samplers)
     return learner, validation

@@ -201,7 +201,8 @@ def stack(
     heads: Sequence[int] | None = None,  # heads of each block, where some have been removed
     hidden: Sequence[int] | None = None,  # MLP channels of each block, in place of mlp_ratio
     windows: Sequence[Windows | None] | None = None,  # of each block, see `shifted_windows`
-    **block,  # the other arguments of `Block`
+    kind: type[Block] = Block,
+    **block,  # the other arguments of the blocks
 ) -> nn.Sequential:  # blocks named 0, 1, …
     "`depth` blocks, one after the other."
     width = None if heads is None else dim // num_heads
@@ -209,4 +210,4 @@ def stack(
     each = [
         dict(num_heads=n, hidden=m, windows=w) for n, m, w in zip(heads, hidden, windows, strict=True)
     ]
-    return nn.Sequential(*(Block(dim=dim, head_dim=width, **one, **block) for one in each))
+    return nn.Sequential(*(kind(dim=dim, head_dim=width, **one, **block) for one in each))

@@ -60,8 +60,8 @@ class ModulatedBlock(Block):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(F.silu(c))[:, None].chunk(6, -1)
-        x = x + gate * self.attn(self.norm1(x) * (1 + scale) + shift)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate * (self.attn(self.norm1(x) * (1 + scale) + shift) if self.attn.num_heads else self.attn.proj.bias)
+        return x + gate2 * (self.mlp(self.norm2(x) * (1 + scale2) + shift2) if self.mlp.hidden else self.mlp.fc2.bias)
 
 # %% ../../nbs/layers/03_modulation.ipynb #168065ef
 class ModulatedResidual(nn.Module):

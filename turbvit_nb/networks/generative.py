@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lab.config import LabError
-from ..layers.attention import Attend, attention, shifted_windows
+from ..layers.attention import Attend, attention, shifted_windows, stack
 from ..layers.convolution import RECOVERIES, tokens_to_grid
 from ..layers.embed import ConditionEmbed, TubeletEmbed, torus_positions
 from ..layers.modulation import ModulatedBlock, ModulatedResidual, TimeEmbed
-from .transformers import FEATURES, NetworkConfig, TokensConfig, condition_features, network
+from .transformers import FEATURES, NetworkConfig, TokensConfig, Width, condition_features, network, widths_per_block
 from .unet import UNet
 
 # %% ../../nbs/networks/02_generative.ipynb #5c5f873b
@@ -95,6 +95,8 @@ class DiTConfig(GenerativeConfig, TokensConfig):
     depth: int = Field(4, ge=0)  # blocks
     num_heads: int = Field(4, gt=0)  # attention heads
     mlp_ratio: float = Field(4.0, gt=0)  # hidden width of an MLP in token widths
+    block_heads: list[Width] | None = None  # heads of each block, where some are removed
+    block_mlp: list[Width] | None = None  # MLP channels of each block, in place of mlp_ratio
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +111,10 @@ class DiTConfig(GenerativeConfig, TokensConfig):
         "Patches fill the field, heads the token, and positions come in pairs."
         return [("img_size", "patch_size"), ("embed_dim", "num_heads"), ("embed_dim", 2)]
 
+    @model_validator(mode="after")
+    def _block_widths(self):
+        return widths_per_block(self, "")
+
 # %% ../../nbs/networks/02_generative.ipynb #32f9a228
 def frames_and_noise(
     x: Tensor | None,  # frames (B, C, T, N, N), or None
@@ -122,6 +128,8 @@ def frames_and_noise(
 class DiT(nn.Module):
     "Diffusion transformer: frames (B, C, T, N, N) and a noisy one (B, C, 1, N, N) → (B, C, 1, N, N)."
 
+    towers = {"blocks": ""}  # as of a ViT
+
     def __init__(
         self,
         *,
@@ -133,6 +141,8 @@ class DiT(nn.Module):
         num_frames: int = 1,  # input frames T
         in_chans: int = 2,  # fields C
         mlp_ratio: float = 4.0,  # hidden width of the MLPs in units of D
+        block_heads: list[int] | None = None,  # heads of each block
+        block_mlp: list[int] | None = None,  # MLP channels of each block
         window: int = 0,  # tokens per side of a window, see `shifted_windows`; 0: all tokens
         conditions: list[str] = list(FEATURES),  # flow parameters it is told
         classes: int = 0,  # or labels
@@ -145,8 +155,8 @@ class DiT(nn.Module):
         self.patch_embed = TubeletEmbed(in_chans=in_chans, tubelet_size=num_frames + 1, **tokens)
         self.register_buffer("pos_embed", torus_positions(self.rows, self.rows, embed_dim)[None])
         block = dict(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, attend=attend, told=embed_dim)
-        windows = shifted_windows(depth, self.rows, window)
-        self.blocks = nn.ModuleList(ModulatedBlock(windows=each, **block) for each in windows)
+        widths = dict(heads=block_heads, hidden=block_mlp, windows=shifted_windows(depth, self.rows, window))
+        self.blocks = stack(depth, kind=ModulatedBlock, **block, **widths)
         self.norm = nn.LayerNorm(embed_dim, elementwise_affine=False)
         self.modulation = nn.Linear(embed_dim, 2 * embed_dim)
         self.patchrecovery = RECOVERIES["subpixel_conv"](out_chans=in_chans, **tokens)
