@@ -8,6 +8,7 @@ import torch
 
 from same_bits import StopSoon, equal
 from turbvit_nb.climate.rollouts import open_rollouts
+from turbvit_nb.deploy import deploy_run
 from turbvit_nb.distil import distil
 from turbvit_nb.flow.generative import Generative
 from turbvit_nb.flow.job import train_flow
@@ -151,12 +152,15 @@ def test_what_cannot_be_asked_of_its_pruning_is_one_line(home, changes, told):
     assert "\n" not in str(error.value)
 
 
-def test_what_draws_is_no_student(home):
+def test_what_draws_is_no_student_and_no_program(home):
     train_flow(run := open_run(config(home, "drawn", method="meanflow", epochs=1, steps_per_epoch=1), "flow"))
     run.close()
     start = str(run.checkpoints / "best.tar")
     with pytest.raises(LabError, match="holds an emulator that draws, which has no teacher"):
-        distil(open_run(run.path, "distil", overrides=[f"checkpoint_file={start}", "finetuning.epochs=1", "distillation.distill_weight=0.5"]))
+        distil(run := open_run(run.path, "distil", overrides=[f"checkpoint_file={start}", "finetuning.epochs=1", "distillation.distill_weight=0.5"]))
+    run.close()
+    with pytest.raises(LabError, match="best.tar draws what comes next: a program has no noise"):
+        deploy_run(open_run(run.path, "deploy", overrides=["deploy.repeats=3"]))
 
 
 def test_an_emulator_to_draw_about_that_is_not_there_is_named(home):

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .compress.backends import BACKENDS, Deployed, backend_named, check_offer, deploy
+from .compress.backends import BACKENDS, Deployed, backend_named, check_deployable, check_offer, deploy
 from .compress.latency import interleaved
 from .compress.programs import PRECISIONS
 from .datasets import check_fit, ensure_data, open_dataset, scored_section
@@ -181,9 +181,7 @@ class Deployment:
     ):
         self.run, self.settings, self.path, self.identity = run, settings, path, identify(path)
         self.emulator = load_emulator(path)
-        if not isinstance(self.emulator, Emulator):
-            told = "only an emulator with a network can be deployed"
-            raise LabError(f"{path} is {self.emulator.kind}: {told}")
+        check_deployable(self.emulator, str(path))
         config, size = run.config, settings.batch_size
         training = "train_dataset" if config.has("train_dataset") else scored_section(config)
         known = frames_of(run, self.emulator, training, settings.calibration_frames)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Step', 'BACKENDS', 'Backend', 'backend_named', 'Torch', 'Compiled', 'OnnxRuntime', 'openvino_core', 'OpenVino',
-           'Deployed', 'facts', 'check_offer', 'deploy']
+           'Deployed', 'facts', 'check_offer', 'check_deployable', 'deploy']
 
 # %% ../../nbs/compress/11_backends.ipynb #9cbb3286
 import os
@@ -274,6 +274,17 @@ def check_offer(
     return found
 
 # %% ../../nbs/compress/11_backends.ipynb #e26687f0
+def check_deployable(
+    emulator: Kind,
+    name: str = "the emulator",  # for messages
+) -> None:
+    "Raise `LabError` unless a step of it is a function of frames and flow parameters that a network computes."
+    if not isinstance(emulator, Emulator):
+        raise LabError(f"{name} is {emulator.kind}: only an emulator with a network can be deployed")
+    if emulator.stochastic:
+        raise LabError(f"{name} draws what comes next: a program has no noise to draw with; 03_prune makes it smaller, torch in bf16 faster")
+
+
 def deploy(
     emulator: Kind,  # with a network
     backend: str,  # a name in `BACKENDS`
@@ -282,8 +293,7 @@ def deploy(
 ) -> Deployed:
     "The emulator's step in the hands of a backend. Raises `LabError` where that cannot be done."
     found = check_offer(backend, precision)
-    if not isinstance(emulator, Emulator):
-        raise LabError(f"only an emulator with a network can be deployed, this is {emulator.kind}")
+    check_deployable(emulator)
     program = Program(emulator).cpu().float()
     if precision == "int8" and not batches:
         raise LabError("int8 needs frames to find the range of every layer on: give batches")
