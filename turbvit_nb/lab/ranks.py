@@ -106,12 +106,10 @@ def part(
 
 
 def own(
-    value: Tensor,  # of all ranks together, the same on each
-    axis: int = 0,  # of the samples
+    value: Tensor,  # of the samples of all ranks together, the same on each
 ) -> Tensor:
     "This rank's part of something that all have."
-    here = part(value.shape[axis])
-    return value.narrow(axis, here.start, here.stop - here.start)
+    return value[part(len(value))]
 
 
 def share(
