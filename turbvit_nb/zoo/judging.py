@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold, KFold
+from threadpoolctl import threadpool_limits
 
 from ..lab import plots
 from ..lab.config import LabError
@@ -88,6 +89,7 @@ def _scored(
             [_mean(regret(predicted, labels, mask)) for mask in allowed.values()])
 
 # %% ../../nbs/zoo/09_judging.ipynb #f2b7628b
+@threadpool_limits.wrap(limits=1)
 def judge(
     table: Table,
     rankers: Mapping[str, Callable[[], Ranker]],  # by name, the simplest first; each call makes a new one
@@ -207,6 +209,7 @@ def judged_figure(
     return plots.beside(*panels)
 
 # %% ../../nbs/zoo/09_judging.ipynb #b10b0002
+@threadpool_limits.wrap(limits=1)
 def judge_foresight(
     table: Table,
     foresights: Mapping[str, Callable[[], Foresight]],  # by name, the simplest first; each call makes a new one

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUP', 'BUDGETS', 'RANKERS', 'UNTRIED', 'WINS', 'LEVEL', 'model_features', 'keep_weights', 'zoo_weights', 'table_of',
            'flops_per_time', 'latencies', 'is_there', 'Given', 'given_frames', 'given_parameters', 'given_flow',
-           'budget', 'contestants', 'tried', 'row_of', 'choice', 'expected', 'Recommended', 'recommend', 'blowup',
-           'shown', 'zoo_tables']
+           'budget', 'contestants', 'in_time', 'tried', 'row_of', 'choice', 'expected', 'Recommended', 'recommend',
+           'blowup', 'shown', 'zoo_tables']
 
 # %% ../../nbs/zoo/10_recommend.ipynb #e2af2c80
 import math
@@ -17,6 +17,7 @@ from os import PathLike
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import GroupKFold, cross_val_predict
+from threadpoolctl import threadpool_limits
 
 from ..compress.latency import interleaved
 from ..emulators.files import load_emulator
@@ -259,10 +260,16 @@ def contestants(
         raise LabError(f"no model of the zoo fits {given.flow.size}² points, frames {given.flow.spacing:g} apart; it has models of {', '.join(kinds[:6])}")
     costs = {model.key: {"MB": model.bytes / 1e6, "GFLOP per time unit": flops_per_time(model) / 1e9} for model in fits}
     fits = _affordable(fits, costs, {name: most for name, most in budgets.items() if name != BUDGETS["ms"]})
-    times = latencies(zoo, fits, device)
-    for model in fits:
-        costs[model.key][BUDGETS["ms"]] = times.get(model.key, math.nan)
-    return _affordable([model for model in fits if model.key in times], costs, budgets), costs
+    if BUDGETS["ms"] not in budgets:
+        return [model for model in fits if is_there(model)], costs
+    return _affordable(_timed(zoo, fits, costs, device), costs, budgets), costs
+
+
+def _timed(zoo: Zoo, models: Sequence[Model], costs: dict[str, dict[str, float]], device: str) -> list[Model]:
+    "The models that could be timed; their milliseconds go into `costs`."
+    for key, time in latencies(zoo, models, device).items():
+        costs[key][BUDGETS["ms"]] = time
+    return [model for model in models if BUDGETS["ms"] in costs[model.key]]
 
 
 def _affordable(models: Sequence[Model], costs: Mapping, budgets: Mapping[str, float]) -> list[Model]:
@@ -287,6 +294,19 @@ def _few_starts(given: Given, model: Model, zoo: Zoo) -> tuple[Starts, int] | No
     frames = np.unique(np.linspace(first, last - follow, each).round().astype(int))
     run, frame = (part.ravel() for part in np.meshgrid(np.arange(len(flow.runs)), frames, indexing="ij"))
     return Starts(run, frame), follow
+
+
+def in_time(
+    zoo: Zoo,
+    models: Sequence[Model],  # the most promising first
+    costs: Mapping[str, Mapping[str, float]],  # by key, with the milliseconds
+    patience: float,  # seconds
+) -> list[Model]:
+    "The first of the models, as many as can be tried in that time; one at least."
+    settings = zoo.settings
+    states = settings.probe_frames * settings.probe_steps + settings.free_runs * settings.short_run
+    seconds = np.cumsum([costs[model.key][BUDGETS["ms"]] * model.step * model.ahead * states / 1e3 for model in models])
+    return list(models[: max(1, int((seconds <= patience).sum()))])
 
 
 def tried(
@@ -368,7 +388,7 @@ def expected(
     found = learner.fit(rows, wanted).predict(design(standard(row), sees)[:, 0])
     if len(np.unique(groups)) < 2:
         return found, np.full(len(found), -np.inf), np.full(len(found), np.inf)
-    out = cross_val_predict(learner, rows, wanted, groups=groups, cv=GroupKFold(min(5, len(np.unique(groups)))))
+    out = cross_val_predict(learner, rows, wanted, groups=groups, cv=GroupKFold(min(3, len(np.unique(groups)))))
     low, high = np.quantile(wanted - out, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     best = 1.0 if wish == "forecast" else 0.0  # nothing is better than the truth
     return found, found + low, np.minimum(found + high, np.maximum(found, best))
@@ -391,14 +411,16 @@ class Recommended:
     foresight: str  # who says so, and how well it has been judged
 
 
+@threadpool_limits.wrap(limits=1)  # many small fits and small networks: threads that wait for each other cost more than they do
 def recommend(
     zoo: Zoo,
     given: Given,
     wish: str = "forecast",  # or "climate"
     budgets: Mapping[str, float] = {},  # by the names of costs
-    shortlist: int = 24,  # contestants that are tried
+    shortlist: int = 24,  # contestants that are tried, at most
     count: int = 5,  # lines of the answer
     device: str = "cpu",
+    patience: float = 4.0,  # seconds that trying them may take, by their latencies
 ) -> list[Recommended]:  # the best first
     "Which models to take. Raises `LabError` for a wish that there is not, a budget nobody keeps to, or an empty zoo."
     if wish not in WISHES:
@@ -406,8 +428,9 @@ def recommend(
     table = table_of(zoo)
     models, costs = contestants(zoo, given, budgets, device)
     asked = choice(zoo)[wish]
-    models = _first(table, row_of(table, zoo, given, models), models, RANKERS[asked["untried"]](), wish, len(models) if given.climate is None else shortlist)
-    found = tried(zoo, given, models, device) if given.climate is not None else {}
+    models = _first(table, row_of(table, zoo, given, models), models, RANKERS[asked["untried"]](), wish, max(count, shortlist))
+    models = _timed(zoo, models, costs, device)
+    found = tried(zoo, given, in_time(zoo, models, costs, patience), device) if given.climate is not None else {}
     if found:
         models = [model for model in models if model.key in found]
     name, row = asked["tried" if found else "untried"], row_of(table, zoo, given, models, found)
