@@ -14,8 +14,12 @@ from typer.testing import CliRunner
 
 from turbvit_nb.cli import app
 from turbvit_nb.data.generate import GenerateConfig, generate
+from turbvit_nb.emulators.files import load_emulator
+from turbvit_nb.lab.config import load_config
+from turbvit_nb.lab.sweeps import read_sweep
 from turbvit_nb.zoo.measures import Zoo, left, measured, practice_runs, read_zoo
-from turbvit_nb.zoo.recommend import table_of
+from turbvit_nb.zoo.recommend import given_parameters, keep_weights, recommend, table_of
+from turbvit_nb.zoo.weights import weight_vector
 
 SETTINGS = """
 [zoo]
@@ -124,6 +128,36 @@ def test_what_a_table_says(zoo):
             blown = any(run["survived"] < 1 for run in held["climate"][0])
             assert blown == table.blown[m, r] == np.isneginf(table.labels["climate"][m, r])
     assert np.all(table.costs["MB"] > 0) and np.all(table.costs["GFLOP per time unit"] > 0)
+
+
+def test_weights_and_blow_ups(zoo):
+    "Weights are read once and are in every table then; a recommendation says how likely a blow-up is, and who says so."
+    assert table_of(zoo).vectors is None
+    keep_weights(zoo)
+    table, file = table_of(zoo), zoo.path / "weights.npz"
+    assert table.vectors.shape == (6, 8192) and table.vectors.dtype == np.float16 and np.isfinite(table.vectors).all()
+    one = weight_vector(load_emulator(zoo.models[3].path)).numpy()
+    np.testing.assert_allclose(table.vectors[3], one, rtol=1e-3, atol=1e-7)
+    before = file.read_bytes()
+    keep_weights(zoo)
+    assert file.read_bytes() == before
+    answer = recommend(zoo, given_parameters(zoo, Re=100, fky=2), count=6)
+    assert all(0 <= line.blowup <= 1 and line.foresight == "largest enstrophy (not judged yet; run 15_zoo)" for line in answer)
+
+
+def test_the_sweep_finds_what_it_names():
+    "A run of each part of the sweep of the big zoo has a config that holds, and the checkpoints that it starts from are made by earlier runs."
+    sweep = read_sweep("configs/zoo/sweep.toml")
+    needed = sweep.needs
+    made = {"pruned": {"zoo_models/vit_64_4_4"}, "distilled": {"zoo_models/vit_96_4_4"}, "latent": {"zoo_coders"}}
+    for point in {point.part: point for point in reversed(sweep.points)}.values():
+        config = load_config(point.base, point.overrides)
+        flow = point.values["train_dataset.data_dirs"]
+        assert config.section("train_dataset").data_dirs == config.section("validation_dataset").data_dirs == flow
+        waits = {need.split()[0] for need in needed[f"{point.run} {point.chapters[0].name}"]}
+        for start in made.get(point.part, ()):
+            assert any(run.startswith(start) and run.endswith(flow[0]) for run in waits)
+    assert len(sweep.points) == 142
 
 
 def test_a_model_that_has_changed_is_measured_anew(zoo, place, made):

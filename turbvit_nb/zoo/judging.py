@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUADRANTS', 'Budgets', 'Split', 'splits', 'judge', 'with_interval', 'verdict', 'chosen', 'judged_table',
-           'judged_figure']
+           'judged_figure', 'judge_foresight']
 
 # %% ../../nbs/zoo/09_judging.ipynb #f3667bef
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import holoviews as hv
 import numpy as np
 import xarray as xr
+from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold, KFold
+from threadpoolctl import threadpool_limits
 
 from ..lab import plots
 from ..lab.config import LabError
 from ..lab.progress import progress
-from .rankers import Ranker
+from .rankers import Foresight, Ranker
 from .scores import HIGHER, SCORE_TITLES, SCORES, over_splits, regret
-from .table import Table
+from .table import Table, seen_cells
 
 # %% ../../nbs/zoo/09_judging.ipynb #0398b7dc
 QUADRANTS = ("neither new", "new flow", "new model", "both new")
@@ -87,6 +89,7 @@ def _scored(
             [_mean(regret(predicted, labels, mask)) for mask in allowed.values()])
 
 # %% ../../nbs/zoo/09_judging.ipynb #f2b7628b
+@threadpool_limits.wrap(limits=1)
 def judge(
     table: Table,
     rankers: Mapping[str, Callable[[], Ranker]],  # by name, the simplest first; each call makes a new one
@@ -99,8 +102,7 @@ def judge(
     scores, under = np.full((*shape, len(SCORES)), np.nan), np.full((*shape, len(masks)), np.nan)
     share = np.full(shape[2:], np.nan)
     for s, part in enumerate(progress(parts, desc="splits")):
-        train, asked = part.train(table), {name: part.quadrant(table, name) for name in QUADRANTS}
-        share[:, s] = [_cells(each) / max(_cells(train), 1) for each in asked.values()]
+        train, asked, share[:, s] = _sides(part, table)
         for i, make in enumerate(rankers.values()):
             ranker = make().fit(train)
             for q, (name, each) in enumerate(asked.items()):
@@ -111,9 +113,11 @@ def judge(
     return _dataset(scores, under, share, [*rankers], wishes, [*masks])
 
 
-def _cells(table: Table) -> int:
-    "How many labels there are, of all wishes."
-    return sum(int((~np.isnan(labels)).sum()) for labels in table.labels.values())
+def _sides(part: Split, table: Table) -> tuple[Table, dict[str, Table], list[float]]:
+    "The training rows, what is asked by quadrant, and how many labels each quadrant has over those of the training."
+    cells = lambda table: sum(int((~np.isnan(labels)).sum()) for labels in table.labels.values())
+    train, asked = part.train(table), {name: part.quadrant(table, name) for name in QUADRANTS}
+    return train, asked, [cells(each) / max(cells(train), 1) for each in asked.values()]
 
 # %% ../../nbs/zoo/09_judging.ipynb #961244c7
 def _dataset(scores: np.ndarray, under: np.ndarray, share: np.ndarray, rankers: list[str], wishes: list[str], budgets: list[str]) -> xr.Dataset:
@@ -203,3 +207,31 @@ def judged_figure(
     panels = [plots.forest({str(name): tuple(map(float, found.sel(ranker=name, quadrant=q))) for name in judged.ranker.values},
                            SCORE_TITLES[score], str(q), named=q == quadrants[0], **look) for q in quadrants]
     return plots.beside(*panels)
+
+# %% ../../nbs/zoo/09_judging.ipynb #b10b0002
+@threadpool_limits.wrap(limits=1)
+def judge_foresight(
+    table: Table,
+    foresights: Mapping[str, Callable[[], Foresight]],  # by name, the simplest first; each call makes a new one
+    parts: Sequence[Split],
+) -> xr.Dataset:  # `auc` and `brier` (ranker, wish, quadrant, split), of the one wish "blow-up"; `share` (quadrant, split)
+    "How well blow-ups are foreseen."
+    axes, shape = ("ranker", "wish", "quadrant", "split"), (len(foresights), 1, len(QUADRANTS), len(parts))
+    auc, brier, share = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape[2:], np.nan)
+    for s, part in enumerate(progress(parts, desc="splits")):
+        train, asked, share[:, s] = _sides(part, table)
+        for i, make in enumerate(foresights.values()):
+            one = make().fit(train)
+            for q, each in enumerate(asked.values()):
+                auc[i, 0, q, s], brier[i, 0, q, s] = _foreseen(one.predict(each), each)
+    names = {"ranker": [*foresights], "wish": ["blow-up"], "quadrant": list(QUADRANTS)}
+    return xr.Dataset({"auc": (axes, auc), "brier": (axes, brier), "share": (axes[2:], share)}, names)
+
+
+def _foreseen(chance: np.ndarray, table: Table) -> tuple[float, float]:
+    "AUC and Brier score of probabilities (M, R)."
+    known = seen_cells(table)
+    if not known.any():
+        return np.nan, np.nan
+    told, blown = chance[known], table.blown[known]
+    return roc_auc_score(blown, told) if np.unique(blown).size == 2 else np.nan, brier_score_loss(blown, told)

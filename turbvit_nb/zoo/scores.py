@@ -122,8 +122,8 @@ def _deviation(labels: np.ndarray) -> np.ndarray:
 # %% ../../nbs/zoo/07_scores.ipynb #c8445c81
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # predicted and labels, (M, R) each → (R,)
 SCORES: dict[str, Score] = {"weighted_tau": weighted_tau, "spearman": spearman, "ndcg": ndcg, "regret": regret}
-SCORE_TITLES = {"weighted_tau": "weighted τ", "spearman": "Spearman's ρ", "ndcg": "NDCG@5", "regret": "regret@1 (range)"}
-HIGHER = {"weighted_tau": True, "spearman": True, "ndcg": True, "regret": False}  # whether more is better
+SCORE_TITLES = {"weighted_tau": "weighted τ", "spearman": "Spearman's ρ", "ndcg": "NDCG@5", "regret": "regret@1 (range)", "auc": "AUC", "brier": "Brier score"}
+HIGHER = {"weighted_tau": True, "spearman": True, "ndcg": True, "regret": False, "auc": True, "brier": False}  # whether more is better
 
 # %% ../../nbs/zoo/07_scores.ipynb #995ebd8e
 def over_splits(
