@@ -7,6 +7,7 @@ import array
 import atexit
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import selectors
@@ -158,6 +159,7 @@ def client(folder: Path, python: str) -> Path:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    multiprocessing.set_executable(sys.executable)  # of the processes of `multiprocessing`, which get more than three streams
     sys.executable = str(client(folder, sys.executable))  # of the programs that a program starts
     sys.path[0] = ""
     for name in PRELOADED:
