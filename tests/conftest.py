@@ -1,6 +1,10 @@
 """What every test shares: one thread, no progress bars, the way to real Py2D output, and a browser."""
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +47,23 @@ def py2d_data() -> Path:
     if folder is None:
         pytest.skip("no real Py2D output: set TURBVIT_PY2D to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[str]:
+    "A Python whose programs have been imported before, see `warm.py`: for tests of what a job does, not of how its process starts."
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
+        words, env = [sys.executable, Path(__file__).with_name("warm.py"), folder], os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+        with subprocess.Popen(words, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout.readline() == "ready\n"
+            yield f"{folder}/python"
+            server.stdin.close()
+
+
+@pytest.fixture
+def warm_jobs(warm, monkeypatch) -> None:
+    "The jobs that a test starts, and their kernels, are programs of that Python."
+    monkeypatch.setattr(sys, "executable", warm)
 
 
 @pytest.fixture(scope="module")

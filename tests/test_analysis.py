@@ -314,9 +314,9 @@ SWITCHES = ("temporal_mean", "zonal_mean", "zonal_eof_pc", "div", "return_period
 
 
 @pytest.mark.parametrize("on", [(), ("spectra", "zonal_mean")])
-def test_the_report_has_what_is_switched_on_and_nothing_else(study, on):
+def test_the_report_has_what_is_switched_on_and_nothing_else(study, on, warm):
     told = [f"--set=analysis.{name}={'true' if name in on else 'false'}" for name in SWITCHES]
-    ran = subprocess.run([Path(sys.executable).parent / "turbvit", "run", "--no-lessons", "06", study["pruned"], *told], capture_output=True, text=True)
+    ran = subprocess.run([warm, "-m", "turbvit_nb.cli", "run", "--no-lessons", "06", study["pruned"], *told], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = nbformat.read(study["pruned"] / "06_long_analysis.ipynb", 4)
     pictures = [output for cell in report.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]

@@ -1,23 +1,27 @@
 """The benchmark: peers in a process of their own, their numbers beside ours, and what is said to a user's mistake."""
+import json
 import os
+import signal
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import tomli_w
 import torch
 
+from turbvit_nb.benchmark import job as benchmarking
 from turbvit_nb.benchmark import peers as peering
 from turbvit_nb.benchmark.analysis import lab_numbers
-from turbvit_nb.benchmark.job import benchmark
+from turbvit_nb.benchmark.job import Benchmark, benchmark
 from turbvit_nb.benchmark.keys import BenchmarkConfig
 from turbvit_nb.benchmark.loader import write_frames
 from turbvit_nb.benchmark.peers import There, absent, open_host
 from turbvit_nb.benchmark.report import findings, read_results
 from turbvit_nb.benchmark.solver import METHODS, LabSolver, flow_of, on_grid, start_fields
-from turbvit_nb.benchmark.turns import take_turns
+from turbvit_nb.benchmark.turns import as_json, take_turns
 from turbvit_nb.lab.config import LabError, load_config, nbs_dir, read_toml
-from turbvit_nb.lab.runs import open_run
+from turbvit_nb.lab.runs import Stopped, open_run
 
 SMOKE = nbs_dir() / "configs" / "smoke" / "benchmark.toml"
 
@@ -131,6 +135,67 @@ def test_a_job_without_peers_says_who_is_missing(home, monkeypatch):
     assert {race.subject for race in found.races} == {"solver", "loader", "training", "rollout", "analysis"}
     assert all({race.ours, race.limit} <= race.times.keys() for race in found.races)
     assert findings(found)[-4:] == found.missing and not found.skill
+
+
+def live(config, stopped=True):
+    "Go on with a job, until it has kept one thing more or to its end: the run, and what it has kept."
+    def keep(job):
+        kept(job)
+        if stopped:
+            raise Stopped("stopped by SIGTERM")
+
+    kept, run = Benchmark.keep, open_run(config, "benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Benchmark, "keep", keep)
+        try:
+            benchmark(run)
+            run.finish()
+        except Stopped as error:
+            run.interrupted(error)
+            run.close()
+    return run, read_results(run.path / "benchmark.json")
+
+
+def measured(found):
+    "Everything that a clock or an error said."
+    times = {f"{race.subject} {race.size}": as_json(race)["times"] for race in found.races}
+    seconds = {name: list(values) for name, values in found.seconds.items()}
+    return times | seconds | {point: point.error for point in found.points} | {(row["network"], row["seed"], row["step"]): row for row in found.skill}
+
+
+def test_a_stopped_job_goes_on_and_measures_nothing_twice(home, monkeypatch, capsys):
+    "It is stopped as often as it keeps something; on another machine it begins anew."
+    monkeypatch.delenv("TURBVIT_PEERS", raising=False)
+    monkeypatch.setattr(peering, "PEERS", {})
+    told = read_toml(SMOKE) | {"output_dir": "stopped"}
+    told["benchmark"] |= {"sizes": [16, 20], "grids": [16], "spin_up": 0.5, "skill_seeds": [0, 1]}
+    (file := home / "benchmark.toml").write_text(tomli_w.dumps(told))
+    run, found = live(file)
+    lives = [measured(found)]
+    for _ in range(12):  # after the errors of a solver: its steps at two sizes, four subjects at two sizes, two trainings
+        assert run.status["benchmark"]["state"] == "stopped"
+        run, found = live(run.path)
+        lives.append(measured(found))
+    for before, after in pairwise(lives):
+        assert len(before) < len(after) and not [key for key in before if after[key] != before[key]]
+    run, found = live(run.path, stopped=False)
+    assert run.status["benchmark"]["state"] == "done" and measured(found) == lives[-1] and found.costs
+    monkeypatch.setattr(benchmarking, "machine", lambda: "another machine")
+    monkeypatch.setenv("TURBVIT_PROGRESS", "1")
+    run, found = live(run.path)
+    assert "now another machine" in capsys.readouterr().out and len(measured(found)) == len(lives[0])
+
+
+def test_a_stop_does_not_wait_for_the_peers(monkeypatch):
+    "A process in the middle of something long is ended."
+    monkeypatch.setattr(peering, "PATIENCE", 0.2)
+    there = There(sys.executable, 1)
+    side = there.make("benchmark.solver:LabSolver", points=16, Re=10.0, alpha=0.1, fky=2)
+    there.call(side, "load", omega=np.ones((1, 16, 16)))
+    there.process.stdin.write(json.dumps({"do": "call", "given": [side, "after"], "named": {"time": 1e6, "steps": 10**9}}) + "\n")
+    there.process.stdin.flush()
+    there.close()
+    assert there.process.returncode == -signal.SIGKILL and not os.path.exists(there.folder.name)
 
 
 def test_ratio_of_a_thing_to_itself_is_one():

@@ -85,8 +85,8 @@ RUN = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    "A folder for the data and the runs of these tests, and chapters reduced to what they do."
+def place(tmp_path_factory, warm) -> Path:
+    "A folder for the data and the runs of these tests, and chapters reduced to what they do. What this process starts is warm; `PROGRAM` is not."
     folder = tmp_path_factory.mktemp("jobs")
     for name, work in RUN.items():
         cells = [nbformat.v4.new_code_cell('config: str = ""\noverrides: list = []', metadata={"tags": ["parameters"]}),
@@ -96,7 +96,9 @@ def place(tmp_path_factory) -> Path:
     os.environ |= {"TURBVIT_RUNS": str(folder / "runs"), "TURBVIT_DATA": str(folder), "OMP_NUM_THREADS": "1"}
     result = turbvit("generate", config(folder, "data"))
     assert result.exit_code == 0, result.output
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm)
+        yield folder
     del os.environ["TURBVIT_RUNS"], os.environ["TURBVIT_DATA"]
 
 

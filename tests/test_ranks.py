@@ -28,21 +28,21 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def done(request, tmp_path_factory) -> dict[int, Path]:
+def done(request, tmp_path_factory, warm) -> dict[int, Path]:
     "The trainings by one process and by two ranks, side by side: the folder of each."
     home = tmp_path_factory.mktemp("ranks")
     folders = {world: home / f"by_{world}" for world in (1, 2)}
     left_out = {"other_seed"} | (set() if request.config.getoption("--soak") else {*LONG})
     everything = [*(name for name in ranked.JOBS if name not in left_out), "scores"]
-    commands = {1: [sys.executable], 2: [*TORCHRUN, "--nproc-per-node", "2"]}
+    commands = {1: [warm], 2: [*TORCHRUN, "--nproc-per-node", "2"]}
     (home / "warm").mkdir()
-    first = [sys.executable, ROOT / "tests" / "ranked.py", home / "warm", "everything", "other_seed"]  # makes the data that all share
+    first = [warm, ROOT / "tests" / "ranked.py", home / "warm", "everything", "other_seed"]  # makes the data that all share
     subprocess.run(first, env=environment(home / "warm"), check=True, capture_output=True)
     started = {}
     for world, folder in folders.items():
         folder.mkdir()
         words = [*commands[world], ROOT / "tests" / "ranked.py", folder, *everything]
-        started[world] = subprocess.Popen(words, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started[world] = subprocess.Popen(words, env=environment(folder) | {"PYTHON_EXEC": warm}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = {world: process.communicate()[0] for world, process in started.items()}
     for world, process in started.items():
         assert process.returncode == 0, said[world][-4000:]
@@ -117,13 +117,13 @@ STOPS = {  # ranks and stage of ranked.py before the stop, ranks and stage after
 
 
 @pytest.mark.parametrize("who", [pytest.param(name, marks=pytest.mark.soak) if name.endswith("two that share the weights") else name for name in STOPS])
-def test_a_stop_of_one_rank_is_everybodys(done, tmp_path, who):
+def test_a_stop_of_one_rank_is_everybodys(done, tmp_path, who, warm):
     "The job ends in good order, and goes on with other ranks as if nothing had been: the same samples in the same order."
     folder = tmp_path / "by_2"
     folder.mkdir()
     (tmp_path / "warm").symlink_to(done[1].parent / "warm")
-    env = environment(folder) | {"TURBVIT_DATA": str(done[1].parent)}
-    by = lambda world: [*TORCHRUN, "--nproc-per-node", str(world)] if world > 1 else [sys.executable]
+    env = environment(folder) | {"TURBVIT_DATA": str(done[1].parent), "PYTHON_EXEC": warm}
+    by = lambda world: [*TORCHRUN, "--nproc-per-node", str(world)] if world > 1 else [warm]
     first, second = ([*by(world), ROOT / "tests" / "ranked.py", folder, name] for world, name in STOPS[who])
     ended = subprocess.run(first, env=env, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
@@ -226,7 +226,7 @@ def kernels(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("what", ["SIGTERM to the job", "SIGKILL of a kernel"])
-def test_two_processes_that_are_stopped_go_on(chapter, done, what):
+def test_two_processes_that_are_stopped_go_on(chapter, done, what, warm):
     "A stop ends the step and is saved, a kernel that is killed takes the other one with it; both go on, in one process too."
     name = what.split()[0].lower()
     folder, process = chapter / "runs" / name, turbvit(chapter, done, name, "-p", "slow=true", "--nproc", "2", start=True)
@@ -239,7 +239,7 @@ def test_two_processes_that_are_stopped_go_on(chapter, done, what):
     assert process.returncode == (143 if name == "sigterm" else 138), said
     assert stages(folder)["train"]["state"] == ("stopped" if name == "sigterm" else stages(folder)["train"]["state"]) != "done"
     assert read_checkpoint(folder / "checkpoints" / "last.tar")["step"] >= (8 if name == "sigterm" else 6)
-    words = [sys.executable, "-m", "turbvit_nb.cli", "resume", str(folder), str(chapter / "02_train.ipynb")]
+    words = [warm, "-m", "turbvit_nb.cli", "resume", str(folder), str(chapter / "02_train.ipynb")]
     again = subprocess.run(words, env=environment(chapter) | {"TURBVIT_DATA": str(done[1].parent)}, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stdout + again.stderr
     a, b = (read_checkpoint(path / "checkpoints" / "last.tar") for path in (folder, done[1] / "runs" / "everything"))

@@ -59,10 +59,11 @@ def environment(folder: Path) -> dict[str, str]:
                          "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
-def shared(folder: Path, world: int, *words: str) -> subprocess.CompletedProcess:
-    "The stages by so many ranks, in a folder of their own."
-    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
-    return subprocess.run([sys.executable, *by, ROOT / "tests" / "shared.py", *words], env=environment(folder), cwd=folder, capture_output=True, text=True, timeout=300)
+def shared(warm: str, folder: Path, world: int, *words: str) -> subprocess.CompletedProcess:
+    "The stages by so many ranks, programs of a warm Python, in a folder of their own."
+    by = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else [warm]
+    env = environment(folder) | {"PYTHON_EXEC": warm}
+    return subprocess.run([*by, ROOT / "tests" / "shared.py", *words], env=env, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def a_run(folder: Path, name: str) -> Path:
@@ -81,13 +82,13 @@ WORLDS = [pytest.param(2, marks=pytest.mark.soak), 3]
 
 
 @pytest.fixture(scope="module")
-def done(request, tmp_path_factory) -> dict[int, Path]:
+def done(request, tmp_path_factory, warm) -> dict[int, Path]:
     "All stages by one process, by three ranks, and in the soak by two: the folder of each."
     home, worlds = tmp_path_factory.mktemp("shared"), (1, 3, 2) if request.config.getoption("--soak") else (1, 3)
     for world in worlds:
         folder = home / str(world)
         folder.mkdir()
-        ended = shared(folder, world, str(a_run(folder, "run")), "inference", "short_analysis", "long_analysis")
+        ended = shared(warm, folder, world, str(a_run(folder, "run")), "inference", "short_analysis", "long_analysis")
         assert ended.returncode == 0, ended.stdout + ended.stderr
     return {world: home / str(world) for world in worlds}
 
@@ -118,12 +119,12 @@ def test_rollouts_are_the_same(done, world):
 
 
 @pytest.mark.parametrize("before, after", [pytest.param(1, 3, marks=pytest.mark.soak), (3, 2), pytest.param(2, 1, marks=pytest.mark.soak)])
-def test_rollouts_go_on_with_another_number_of_ranks(done, tmp_path, before, after):
+def test_rollouts_go_on_with_another_number_of_ranks(done, tmp_path, before, after, warm):
     (tmp_path / "data").symlink_to(done[1] / "data")
     config = a_run(tmp_path, "run")
-    assert shared(tmp_path, before, str(config), "inference", "dies").returncode != 0
+    assert shared(warm, tmp_path, before, str(config), "inference", "dies").returncode != 0
     assert np.load(tmp_path / "runs" / "run" / "inference" / "best" / "restart.npz")["step"] == 10
-    ended = shared(tmp_path, after, str(tmp_path / "runs" / "run"), "inference")
+    ended = shared(warm, tmp_path, after, str(tmp_path / "runs" / "run"), "inference")
     assert ended.returncode == 0, ended.stderr
     one, other = (open_rollouts(folder / "runs" / "run") for folder in (done[1], tmp_path))
     for name in one:

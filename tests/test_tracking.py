@@ -25,6 +25,7 @@ def refuse(*_): raise RuntimeError("there is no network here")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 """
 TRACKERS = ["tensorboard", "trackio"]
+pytestmark = pytest.mark.usefixtures("warm_jobs")
 
 
 def job(home: Path, config: Path, *death: str, ranks: int = 1, **env: str) -> subprocess.CompletedProcess:

@@ -62,6 +62,9 @@ run.finish(error=learner.metrics["error"])
 """
 
 
+pytestmark = pytest.mark.usefixtures("warm_jobs")
+
+
 def job(home: Path, *arguments: str) -> tuple[int, str]:
     "Run the job; exit code and what it said on standard error."
     env = os.environ | {"TURBVIT_RUNS": str(home / "runs")}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUNG', 'METHODS', 'CHUNK', 'regime', 'flow_of', 'start_fields', 'on_grid', 'LabSolver', 'TorchCFD', 'JaxCFD', 'Point',
-           'error_of', 'ladder', 'climb', 'reference', 'cheapest', 'cost_race', 'BareFFT', 'precision', 'step_times',
-           'race_solvers']
+           'error_of', 'ladder', 'climb', 'reference', 'cheapest', 'cost_race', 'BareFFT', 'sides_of', 'precision',
+           'step_times']
 
 # %% ../../nbs/benchmark/03_solver.ipynb #6cba7be7
 import math
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -290,50 +291,42 @@ METHODS = {"torch-cfd": ("benchmark.solver:TorchCFD", ("RK4", "RK2")),
 CHUNK = 4  # steps of a call
 
 
-def _sides(c: BenchmarkConfig, points: int, omega: np.ndarray, host: Here | There, there: Mapping[str, str]) -> dict[tuple, tuple]:
-    "By side, method and points: host and number of each that holds as many waves as our grid of `points`."
-    here, made = Here(), {}
-    made["lab", "", points] = here, here.make("benchmark.solver:LabSolver", points=points, **flow_of(c))
-    for name, (where, methods) in METHODS.items():
-        for method in methods if name in there else ():
-            wide = 3 * points // 2
-            number = host.make(where, points=wide, method=method, **flow_of(c))
-            made[name, method, wide] = host, number
-    for owner, number in made.values():
-        owner.call(number, "load", omega=omega)
-    return made
+def sides_of(points: int, there: Mapping[str, str]) -> list[tuple[str, str, int]]:
+    "Side, method and points of each that holds as many waves as our grid of `points`; ours is the first."
+    able = [(name, methods) for name, (_, methods) in METHODS.items() if name in there]
+    return [("lab", "", points), *((name, method, 3 * points // 2) for name, methods in able for method in methods)]
+
+
+def _loaded(c: BenchmarkConfig, side: tuple[str, str, int], omega: torch.Tensor, host: Here | There) -> Callable[..., Any]:
+    "What calls a method of a side that has the fields."
+    name, method, points = side
+    owner, where, more = (Here(), "benchmark.solver:LabSolver", {}) if name == "lab" else (host, METHODS[name][0], {"method": method})
+    number = owner.make(where, points=points, **more, **flow_of(c))
+    owner.call(number, "load", omega=omega.numpy())
+    return partial(owner.call, number)
 
 # %% ../../nbs/benchmark/03_solver.ipynb #135bb848
-def precision(c: BenchmarkConfig, omega: torch.Tensor, truth: torch.Tensor, host: Here | There, there: Mapping[str, str]) -> list[Point]:
-    "How exact every side is on all grids, with more and more steps."
-    found = []
-    for points in progress(c.grids, desc="errors of the solvers"):
-        for (side, method, wide), (owner, number) in _sides(c, points, omega.numpy(), host, there).items():
-            after = lambda steps: owner.call(number, "after", time=c.horizon, steps=math.ceil(steps * c.horizon))
-            found += [Point(side, method, wide, *rung) for rung in climb(after, truth, min(c.errors) / 3)]
+def precision(
+    c: BenchmarkConfig,
+    sides: Sequence[tuple[str, str, int]],  # of `sides_of`
+    omega: torch.Tensor,  # (flows, N, N)
+    truth: torch.Tensor,  # (flows, M, M)
+    host: Here | There,
+) -> Iterator[list[Point]]:
+    "How exact each side is, with more and more steps."
+    for side in progress(sides, desc="errors of the solvers"):
+        call = _loaded(c, side, omega, host)
+        after = lambda steps: call("after", time=c.horizon, steps=math.ceil(steps * c.horizon))
+        yield [Point(*side, *rung) for rung in climb(after, truth, min(c.errors) / 3)]
         host.drop()
-    return found
 
 
 def step_times(c: BenchmarkConfig, points: int, omega: torch.Tensor, host: Here | There, there: Mapping[str, str]) -> Race:
     "A step of every side on the grid that holds as many waves as ours of `points`; the limit beside it."
-    sides = _sides(c, points, omega.numpy(), host, there)
-    jobs = {Point(*key, 0, 0.0).label: partial(owner.call, number, "advance", steps=CHUNK)
-            for key, (owner, number) in sides.items()}
+    jobs = {Point(*side, 0, 0.0).label: partial(_loaded(c, side, omega, host), "advance", steps=CHUNK)
+            for side in sides_of(points, there)}
     ours, *peers = jobs
     jobs["bare FFT"] = partial(BareFFT(points, c.flows, **flow_of(c)).advance, CHUNK)
     times = {name: s / CHUNK for name, s in take_turns(jobs, c.rounds, c.turn).items()}
     host.drop()
     return Race("solver", points, "step", ours, times, peers, "bare FFT", {"work": transform_work(points)})
-
-# %% ../../nbs/benchmark/03_solver.ipynb #c4550495
-def race_solvers(c: BenchmarkConfig, host: Here | There, there: Mapping[str, str]) -> dict:
-    "What an error costs, and how a step grows: `points`, `costs`, `steps` and what the `reference` is worth."
-    omega = start_fields(c)
-    truth, own = reference(c, omega)
-    points = precision(c, omega, truth, host, there)
-    steps = [step_times(c, N, omega, host, there) for N in sorted({*c.grids, *c.sizes})]
-    seconds = {name: values for race in steps for name, values in race.times.items()}
-    costs = [cost_race(c, points, seconds, error) for error in c.errors]
-    return {"points": points, "costs": [race for race in costs if race], "reference": own,
-            "steps": [race for race in steps if race.size in c.sizes], "seconds": seconds}

@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'KEPT', 'FNO', 'emulator_of', 'weight_count', 'optimizer_of'
 
 # %% ../../nbs/benchmark/05_training.ipynb #3a145fb5
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -236,15 +236,21 @@ class Skill:
 KEPT = ("step", "spent_seconds", "time", "horizon", "rollout_vrmse", "validation_loss")
 
 
-def skills(c: BenchmarkConfig, config: str, race: Race, host: Here | There, device: str) -> list[dict]:
+def skills(
+    c: BenchmarkConfig,
+    config: str,  # its file
+    race: Race,  # of the training, which says how long a step takes
+    host: Here | There,
+    device: str,
+    known: Container[tuple[str, int]] = (),  # network and seed of the trainings that are not wanted
+) -> Iterator[list[dict]]:  # a training at a time
     "Of both networks and all seeds, a row for every look: what they can after the same time."
-    sides, found = {NAMES["lab"]: ("lab", Here())}, []
-    sides |= {name: ("fno", host) for name in race.peers}
-    for name, (kind, owner) in progress(list(sides.items()), desc="trainings"):
+    sides = {NAMES["lab"]: ("lab", Here())} | {name: ("fno", host) for name in race.peers}
+    wanted = [(name, seed) for name in sides for seed in c.skill_seeds if (name, seed) not in known]
+    for name, seed in progress(wanted, desc="trainings"):
+        kind, owner = sides[name]
         side = owner.make("benchmark.training:Skill", kind=kind, config=config, device=device)
         steps = max(c.skill_points, round(c.skill_seconds / race.seconds(name)[0]))
-        for seed in c.skill_seeds:
-            rows = owner.call(side, "train", steps=steps, seed=seed)
-            found += [{"network": name, "seed": seed} | {k: float(row[k]) for k in KEPT} for row in rows]
-    host.drop()
-    return found
+        rows = owner.call(side, "train", steps=steps, seed=seed)
+        owner.drop()
+        yield [{"network": name, "seed": seed} | {k: float(row[k]) for k in KEPT} for row in rows]

@@ -30,8 +30,10 @@ from types import FrameType
 import nbformat
 import papermill
 from fastcore.basics import patch
-from nbconvert import HTMLExporter
+from nbconvert import HTMLExporter, TemplateExporter
+from nbconvert.filters import Highlight2HTML
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.filters.widgetsdatatypefilter import WidgetsDataTypeFilter
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
@@ -423,7 +425,16 @@ class MathRenderer(IPythonRenderer):
 
 
 class MathExporter(HTMLExporter):
-    "Notebooks to HTML whose formulas need no network."
+    "Notebooks to HTML whose formulas need no network, made in one pass."
+
+    def from_notebook_node(self, nb: NotebookNode, resources: dict | None = None, **kw) -> tuple[str, dict]:
+        language = nb.metadata.get("language_info", {})
+        lexer = language.get("pygments_lexer", language.get("name"))
+        self.register_filter("highlight_code", Highlight2HTML(pygments_lexer=lexer, parent=self))
+        kinds = WidgetsDataTypeFilter(notebook_metadata=self._nb_metadata, parent=self, resources=resources)
+        self.register_filter("filter_data_type", kinds)
+        page, resources = TemplateExporter.from_notebook_node(self, nb, self._init_resources(resources), **kw)
+        return re.sub(r"<img(?![^>]*\balt=)", '<img alt=""', page), resources
 
     def markdown2html(self, context, source: str) -> str:
         attachments = context.get("cell", {}).get("attachments", {})

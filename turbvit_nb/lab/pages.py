@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['WIDE', 'BOUNDS', 'opening_apart', 'link_names', 'is_picture', 'say_alt', 'keep_html', 'as_ours', 'whole_intervals',
            'field_comments', 'type_text', 'bounds', 'keys_table', 'default_text', 'parents', 'show_keys', 'code_place',
-           'exported_to', 'Pages', 'Reports', 'write_page']
+           'exported_to', 'ExecShowDocs', 'Pages', 'Reports', 'write_page']
 
 # %% ../../nbs/lab/15_pages.ipynb #077497db
 import ast
+import atexit
 import inspect
 import json
 import os
@@ -242,19 +243,29 @@ def exported_to(nb: Mapping) -> str:
     return named[1] if named else ""
 
 # %% ../../nbs/lab/15_pages.ipynb #541d3fe3
+class ExecShowDocs(exec_show_docs):
+    "nbdev's processor that executes what is documented, in a shell that is let go of afterwards."
+
+    def end(self) -> None:
+        "The notebook is done."
+        super().end()
+        atexit.unregister(self.k.atexit_operations)
+        self.k.history_manager.close()
+
+
 class Pages(FilterDefaults):
     "nbdev's processors for a notebook, and ours."
 
     def base_procs(self) -> list:
-        procs = [link_names if proc is add_links else proc for proc in super().base_procs()]
-        return [*procs, say_alt, keep_html, whole_intervals]
+        ours = {add_links: link_names, exec_show_docs: ExecShowDocs}
+        return [*(ours.get(proc, proc) for proc in super().base_procs()), say_alt, keep_html, whole_intervals]
 
 
 class Reports(Pages):
     "The processors for the report of a run."
 
     def base_procs(self) -> list:
-        return [proc for proc in super().base_procs() if proc not in (add_show_docs, exec_show_docs)]
+        return [proc for proc in super().base_procs() if proc not in (add_show_docs, ExecShowDocs)]
 
 # %% ../../nbs/lab/15_pages.ipynb #fddc181e
 def write_page(

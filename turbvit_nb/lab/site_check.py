@@ -96,9 +96,7 @@ def _body(nb: NotebookNode, exporter: HTMLExporter) -> str:
         obey(cell) if cell.cell_type == "code" else cell for cell in nb.cells if cell.cell_type != "raw"
     ]
     nb.cells = [cell for cell in cells if cell is not None]
-    body = exporter.from_notebook_node(nb)[0].replace(
-        'alt="No description has been provided for this image"', 'alt=""'
-    )
+    body = exporter.from_notebook_node(nb)[0]
     seen: dict[str, int] = {}
 
     def anchored(match: re.Match) -> str:
