@@ -14,7 +14,8 @@ help: ## this list
 
 setup: $(VENV)/.installed ## the environment in .venv, with pinned versions
 $(VENV)/.installed: settings.ini setup.py constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: install Python 3.11 (3.11.5 or later), or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11, 5) <= sys.version_info < (3, 12))' || { echo "$(PYTHON) is $$($(PYTHON) -V): the pinned packages want Python 3.11.5 or a later 3.11; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
