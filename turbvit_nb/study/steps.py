@@ -211,11 +211,11 @@ def steps_figure(arms: Sequence[Arm], batch_size: int = 1) -> hv.Layout:
     last = common_times(every)[-1]
     timed = all(math.isfinite(per_time_unit(entry)) for entry in every)
     cost = (lambda arm: arm.of(lambda e: per_time_unit(e, batch_size))[0]) if timed else (lambda arm: arm.evaluations / arm.step)
-    xlabel = "milliseconds of a member in a time unit" if timed else "evaluations in a time unit"
-    look = dict(cost=cost, xlabel=xlabel)
+    xlabel = "ms of a member in a time unit" if timed else "evaluations in a time unit"
+    look = dict(cost=cost, xlabel=xlabel, logy=True)
     panels = [cost_figure(arms, lambda e: crps_at(e, last), f"CRPS of u at {last:.3g} time units", levels=known_levels(every, last), **look)]
     if any(math.isfinite(small_scales(entry)) for entry in every):
-        panels.append(cost_figure(arms, small_scales, "smallest scales' enstrophy ÷ truth", levels={"truth": 1.0}, logy=True, **look))
+        panels.append(cost_figure(arms, small_scales, "smallest scales' enstrophy ÷ truth", levels={"truth": 1.0}, **look))
     return beside(*panels)
 
 # %% ../../nbs/study/16_steps.ipynb #081df2ac
