@@ -29,10 +29,10 @@ from turbvit_nb.compress.stages import (
     Pruning, Replay, WayBack, difference, importance_histogram, left, read_pruning, rewind,
 )
 from .compress.units import Pieces, unit_named
-from .datasets import Batches, FrameDataset, check_fit, climatology
+from .datasets import Batches, FrameDataset, check_fit
 from .flow.generative import drawn_losses
-from .flow.job import FlowConfig
-from .flow.teaching import Draws, EnsembleValidation, with_draws
+from .flow.job import FlowConfig, ensemble_validation
+from .flow.teaching import Draws, with_draws
 from .forecast.validation import Validation, can_roll
 from .lab.checkpoints import check_owner, identify, results_in, save
 from .lab.config import LabError, run_folder
@@ -312,10 +312,8 @@ def open_stages(
     check_fit(start.emulator, train_set, "the checkpoint", train=True)
     settings = finetuning(run, start.emulator)
     if start.emulator.stochastic:
-        how, members = draws(run), run.config.section("flow", FlowConfig()).rollout_members
-        rolled = (settings.rollout_steps, settings.rollout_starts)
-        validation = EnsembleValidation(validation_set, climatology(train_set), *rolled, device=run.device, members=members, how=how)
-        return Stages(run, train_set, validation, [Draws(start.emulator, run.config.top.seed, **how)], back)
+        validation = ensemble_validation(run, settings, train_set, validation_set)
+        return Stages(run, train_set, validation, [Draws(start.emulator, run.config.top.seed, **draws(run))], back)
     validation = build_validation(run, settings, train_set, validation_set)
     return Stages(run, train_set, validation, distillation(run, start.emulator, dense), back)
 

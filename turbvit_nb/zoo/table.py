@@ -296,7 +296,7 @@ def load_table(
         parts = {field: held[field] for field in _AXES if field in held}
         for field in ("labels", "repeated", "costs"):
             parts[field] = {name.partition("/")[2]: array for name, array in held.items() if name.startswith(f"{field}/")}
-        return Table(**said, **({"weights": None, "vectors": None} | parts))
+        return Table(**said, **({"weights": None} | parts))
 
 # %% ../../nbs/zoo/05_table.ipynb #df0792d1
 PLANTED_NAMES = {
