@@ -21,7 +21,7 @@ from ..lab import plots
 from ..lab.config import LabError
 from ..lab.progress import progress
 from .rankers import Foresight, Ranker
-from .scores import HIGHER, SCORE_TITLES, SCORES, over_splits, regret
+from .scores import HIGHER, RANGES, SCORE_TITLES, SCORES, over_splits, regret
 from .table import Table, seen_cells
 
 # %% ../../nbs/zoo/09_judging.ipynb #0398b7dc
@@ -134,12 +134,13 @@ def with_interval(
     over: str | None = None,  # a ranker whose score is subtracted, split by split
     level: float = 0.95,
 ) -> xr.DataArray:  # (end: mean, low, high; ranker, wish, quadrant, …)
-    "Means over the splits with their intervals (Nadeau and Bengio 2003)."
+    "Means over the splits with their intervals (Nadeau and Bengio 2003), cut where a score ends."
     values = judged[score] if over is None else judged[score] - judged[score].sel(ranker=over, drop=True)
     parts = []
     for q in judged.quadrant:
         one = values.sel(quadrant=q)
         found = over_splits(one.transpose("split", ...).values, float(judged.share.sel(quadrant=q).mean()), level)
+        found = found if over else found.clip(*RANGES[score.removesuffix("_within")])
         parts.append(xr.DataArray(found, dims=("end", *one.isel(split=0).dims)))
     made = xr.concat(parts, "quadrant").transpose("end", *(d for d in values.dims if d != "split"))
     return made.assign_coords(end=["mean", "low", "high"], **{d: values[d] for d in made.dims if d in values.coords})

@@ -34,6 +34,7 @@ from ..lab.files import Lock, atomic, earlier, read_arrays, read_json, write_che
 from ..lab.progress import note, progress
 from ..model import ModelConfig, Normaliser, create_emulator
 from .catalogue import Model, catalogue
+from .evidence import step_evidence
 from turbvit_nb.zoo.flows import (
     Climate, Flow, Starts, climate_from, deal, find_flows, flow_climate, open_flow, read_starts, shortest_record, steps_of,
 )
@@ -206,7 +207,9 @@ def probe(
     x, cond, truth = _starts(flow, _joined([starts]), emulator.fields, emulator.num_frames, step, leads)
     few = slice(None, None, max(1, len(x) // settings.free_runs))
     numbers = run_numbers(velocities(emulator, x[few], cond[few], settings.short_run), settings.short_run)
-    return {"probe": probe_features(velocities(emulator, x, cond, steps), truth), "free": short_run_features(numbers, climate)}
+    seen, evidence = probe_features(velocities(emulator, x, cond, steps), truth), step_evidence(emulator, x, cond, truth[:, :, 0])
+    seen |= {} if evidence is None else {"log evidence": evidence}
+    return {"probe": seen, "free": short_run_features(numbers, climate)}
 
 # %% ../../nbs/zoo/04_measures.ipynb #96ff98ae
 class Measurement(TypedDict):

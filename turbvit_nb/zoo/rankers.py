@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'SCALES', 'LEADING', 'LENGTH', 'Ranker', 'Foresight', 'MeanRank', 'NearestFlow', 'Measured', 'Repeated',
-           'log_evidence', 'Cells', 'held_out', 'KindRidge', 'leading', 'WeightCode', 'Plain', 'ridge', 'boosting']
+           'Cells', 'held_out', 'KindRidge', 'leading', 'WeightCode', 'Plain', 'ridge', 'boosting']
 
 # %% ../../nbs/zoo/08_rankers.ipynb #73a2cd9d
 from collections.abc import Callable, Sequence
@@ -118,37 +118,6 @@ class Repeated:
             if missing := int((np.isnan(again) & ~np.isnan(table.labels[wish])).sum()):
                 raise LabError(f"{missing} measurements of {wish} were not repeated: measure them again from other starts")
         return dict(table.repeated)
-
-# %% ../../nbs/zoo/08_rankers.ipynb #57c5b090
-def _evidence(square: np.ndarray, along: np.ndarray, off: float, n: int, steps: int = 200) -> float:
-    "The largest log evidence, given the squared singular values, the squared components along them, and what no feature reaches."
-    alpha, beta = 1.0, 1.0
-    for _ in range(steps):
-        shrink = alpha + beta * square
-        gamma = (beta * square / shrink).sum()
-        length = (beta**2 * square * along / shrink**2).sum()
-        rest = off + (along * (alpha / shrink) ** 2).sum()
-        new = gamma / max(length, 1e-300), (n - gamma) / max(rest, 1e-300)
-        done = np.allclose(np.log(new), np.log([alpha, beta]), atol=1e-8)
-        alpha, beta = np.clip(new, 1e-12, 1e12)
-        if done:
-            break
-    variance = 1 / beta + square / alpha
-    spare = n - len(square)
-    return -0.5 * (n * np.log(2 * np.pi) + np.log(variance).sum() - spare * np.log(beta) + (along / variance).sum() + beta * off)
-
-
-def log_evidence(
-    features: np.ndarray,  # (n, d)
-    targets: np.ndarray,  # (n,) or (n, k)
-) -> float:  # per sample, mean over the k columns
-    "LogME (You et al. 2021): the maximal log evidence of a linear model. A constant belongs among the features, if wanted."
-    y = targets.reshape(len(targets), -1)
-    u, s, _ = np.linalg.svd(features, full_matrices=False)
-    u, s = u[:, s > 1e-10 * max(s.max(initial=0.0), 1e-300)], s[s > 1e-10 * max(s.max(initial=0.0), 1e-300)]
-    along = (u.T @ y) ** 2
-    off = np.maximum((y**2).sum(0) - along.sum(0), 0.0)
-    return float(np.mean([_evidence(s**2, a, o, len(y)) for a, o in zip(along.T, off)]) / len(y))
 
 # %% ../../nbs/zoo/08_rankers.ipynb #f95e9cb1
 STRENGTHS, SCALES = 10.0 ** np.arange(-1, 5.1), (1.0, 0.3, 0.1, 0.0)

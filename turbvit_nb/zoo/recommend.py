@@ -346,6 +346,7 @@ def row_of(
 RANKERS: dict[str, Callable[[], Ranker]] = {
     "mean rank": MeanRank,
     "nearest flow": NearestFlow,
+    "LogME": lambda: Measured("probes", "log evidence", 1.0),
     "probe": lambda: Measured("probes", "log VRMSE last"),
     "short free run": lambda: Measured("free", "log distance"),
     "ridge, metadata": lambda: ridge("model_features", "flow_features"),
