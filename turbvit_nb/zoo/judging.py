@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUADRANTS', 'Budgets', 'Split', 'splits', 'judge', 'with_interval', 'verdict', 'chosen', 'judged_table',
-           'judged_figure', 'judge_foresight']
+           'budget_table', 'judged_figure', 'judge_foresight']
 
 # %% ../../nbs/zoo/09_judging.ipynb #f3667bef
 from collections.abc import Callable, Mapping, Sequence
@@ -192,6 +192,20 @@ def judged_table(
     cell = lambda ranker, quadrant: plots.interval_text(*map(float, found.sel(ranker=ranker, quadrant=quadrant)))
     rows = [{"": str(ranker)} | {str(q): cell(ranker, q) for q in judged.quadrant.values} for ranker in judged.ranker.values]
     return plots.Table(rows, f"{wish}: {SCORE_TITLES[score]} [95 % interval over splits]")
+
+
+def budget_table(
+    judged: xr.Dataset,
+    wish: str,
+    quadrants: Sequence[str] = ("new flow", "both new"),
+) -> plots.Table:
+    "The regret within each budget: a row for each ranker."
+    found = with_interval(judged, "regret_within").sel(wish=wish)
+    cell = lambda **at: plots.interval_text(*map(float, found.sel(at)))
+    columns = [(str(budget), quadrant) for budget in judged.budget.values for quadrant in quadrants]
+    rows = [{"": str(ranker)} | {f"{budget}, {quadrant}": cell(ranker=ranker, budget=budget, quadrant=quadrant) for budget, quadrant in columns}
+            for ranker in judged.ranker.values]
+    return plots.Table(rows, f"{wish}: {SCORE_TITLES['regret']} among the models that keep to the budget [95 % interval over splits]")
 
 
 def judged_figure(
