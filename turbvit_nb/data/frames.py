@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from ..lab.config import LabError, Section, data_path
 from ..lab.progress import note, progress
-from ..physics.py2d import CONDITIONS, FrameError, PackedStore, Store, find_runs, open_store
+from ..physics.py2d import CONDITIONS, FrameError, PackedStore, Store, find_runs, frame_spacing, open_store
 from ..physics.spectral import Grid
 
 # %% ../../nbs/data/01_frames.ipynb #6f1612bc
@@ -157,9 +157,7 @@ def _agreed_spacing(stores: list[Store], name: str) -> float:
     for store in stores:
         if len(store) < 2:
             raise LabError(f"{name}: {store.path} holds a single frame; at least two are needed")
-        spacings.append(
-            float((store.times[-1] - store.times[0]) / (store.frames[-1] - store.frames[0]))
-        )
+        spacings.append(frame_spacing(store))
         for what, theirs, ours in (
             ("NX", store.regime.NX, first.regime.NX),
             ("time between frames", spacings[-1], spacings[0]),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'PACKED', 'PACKED_VERSION', 'PAGE', 'Regime', 'read_parameters', 'read_frame', 'Store', 'TreeStore',
-           'read_time', 'TreeWriter', 'RestartState', 'read_state', 'open_store', 'PackedStore', 'PackedWriter',
-           'packed_path', 'check_packed_dtype', 'find_runs']
+           'read_time', 'TreeWriter', 'RestartState', 'read_state', 'open_store', 'frame_spacing', 'PackedStore',
+           'PackedWriter', 'packed_path', 'check_packed_dtype', 'find_runs']
 
 # %% ../../nbs/physics/01_py2d.ipynb #79d61e2f
 import os
@@ -375,6 +375,12 @@ def open_store(
     store = TreeStore(run, regime)
     if skip_bad: store.drop_bad(progress=progress)
     return store
+
+def frame_spacing(
+    store: Store,  # of two frames or more
+) -> float:
+    "Time units between two frames that follow each other."
+    return float((store.times[-1] - store.times[0]) / (store.frames[-1] - store.frames[0]))
 
 # %% ../../nbs/physics/01_py2d.ipynb #812f321c
 PACKED_VERSION = 1

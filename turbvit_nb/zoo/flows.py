@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.frames import DatasetConfig, FrameDataset, open_dataset
 from ..lab.config import LabError, data_path
-from ..physics.py2d import CONDITIONS, Regime, Store, find_runs, open_store
+from ..physics.py2d import CONDITIONS, Regime, Store, find_runs, frame_spacing, open_store
 from ..physics.spectral import Grid
 from ..physics.statistics import decorrelation_time
 from .catalogue import Model
@@ -51,11 +51,6 @@ class Flow:
 
 
 # %% ../../nbs/zoo/02_flows.ipynb #b95ab3c1
-def _spacing(store: Store) -> float:
-    "Time units between two frames of a run."
-    return float((store.times[-1] - store.times[0]) / (store.frames[-1] - store.frames[0]))
-
-
 def _unseen(
     stores: Sequence[Store],  # of one flow
     seen: Mapping[str, Sequence[tuple[int, int]]],  # by run: the frames that some model was taught
@@ -81,7 +76,7 @@ def find_flows(
         for path in find_runs(folder):
             store = open_store(path)
             if len(store) > 1:
-                groups.setdefault(flow_name(store.regime, _spacing(store)), []).append(store)
+                groups.setdefault(flow_name(store.regime, frame_spacing(store)), []).append(store)
     flows = [_flow(name, list({store.run: store for store in stores}.values()), seen) for name, stores in sorted(groups.items())]
     return [flow for flow in flows if flow.frames[1] - flow.frames[0] >= shortest]
 
@@ -91,7 +86,7 @@ def _flow(name: str, stores: Sequence[Store], seen: Mapping) -> Flow:
     free, frames = _unseen(stores, seen)
     regime, paths = stores[0].regime, lambda some: tuple(str(store.run) for store in some)
     others = [store for store in stores if store not in free]
-    return Flow(name, regime.conditions(), regime.NX, float(f"{_spacing(stores[0]):.9g}"), paths(free), frames, paths(others))
+    return Flow(name, regime.conditions(), regime.NX, float(f"{frame_spacing(stores[0]):.9g}"), paths(free), frames, paths(others))
 
 # %% ../../nbs/zoo/02_flows.ipynb #eafa6ec4
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'BUDGETS', 'RANKERS', 'LISTS', 'UNTRIED', 'WINS', 'LEVEL', 'model_features', 'keep_weights', 'zoo_weights',
-           'table_of', 'flops_per_time', 'latencies', 'is_there', 'Given', 'given_frames', 'given_parameters',
+           'table_of', 'flops_per_time', 'latencies', 'still_there', 'Given', 'given_frames', 'given_parameters',
            'given_flow', 'budget', 'contestants', 'in_time', 'tried', 'row_of', 'choice', 'keep_rankers', 'who_answers',
            'expected', 'Recommended', 'recommend', 'blowup', 'shown', 'zoo_tables']
 
@@ -75,7 +75,7 @@ def _describe(model: Model, keys: Sequence[str], words: Mapping[str, Sequence[st
 def keep_weights(zoo: Zoo) -> None:
     "Read the weights of the models, as far as that was not done."
     file, known = zoo.path / "weights.npz", _kept_weights(zoo)
-    due = [model for model in zoo.models if f"{model.key}/vector" not in known and is_there(model)]
+    due = [model for model in zoo.models if f"{model.key}/vector" not in known and still_there(model)]
     for model in progress(due, desc="weights"):
         try:
             emulator = load_emulator(model.path)
@@ -158,7 +158,7 @@ def latencies(
     file, here = zoo.path / "latency.json", f"{machine()}, {device}"
     told = earlier(file, lambda file: read_json(file, dict[str, dict[str, float]], "it is measured again")) or {}
     known = told.get(here, {})
-    due = [model for model in models if model.key not in known and is_there(model)]
+    due = [model for model in models if model.key not in known and still_there(model)]
     with torch_threads(1):
         for start in range(0, len(due), GROUP):
             some = due[start : start + GROUP]
@@ -170,7 +170,7 @@ def latencies(
     return {model.key: known[model.key] for model in models if model.key in known}
 
 
-def is_there(model: Model) -> bool:
+def still_there(model: Model) -> bool:
     "Whether the file of a model is still the one that was listed; where it is not, that is said."
     if model.is_there:
         return True
@@ -263,7 +263,7 @@ def contestants(
     costs = {model.key: {"MB": model.bytes / 1e6, "GFLOP per time unit": flops_per_time(model) / 1e9} for model in fits}
     fits = _affordable(fits, costs, {name: most for name, most in budgets.items() if name != BUDGETS["ms"]})
     if BUDGETS["ms"] not in budgets:
-        return [model for model in fits if is_there(model)], costs
+        return [model for model in fits if still_there(model)], costs
     return _affordable(_timed(zoo, fits, costs, device), costs, budgets), costs
 
 
