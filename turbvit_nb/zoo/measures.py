@@ -141,7 +141,7 @@ def _keep_climate(path: Path, flow: Flow) -> None:
             np.savez(part, **arrays)
 
 # %% ../../nbs/zoo/05_measures.ipynb #26864aca
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _starts(flow: Flow, starts: tuple, fields: tuple[str, ...], frames: int, step: int, leads: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     "States (n, C, T, N, N), flow parameters (n, P), and the true velocities (n, 2, K, N, N) so many frames later."
     places = Starts(*map(np.array, starts))
