@@ -80,7 +80,7 @@ def foreseen_zoo(run: Run, table: Table) -> xr.Dataset:
 
 
 def decide(run: Run, zoo: Zoo, table: Table, judged: xr.Dataset, foreseen: xr.Dataset) -> dict[str, dict[str, str]]:
-    "Who answers from now on, by wish and for blow-ups: the simplest that none beats in a new flow; kept in the zoo and in the run."
+    "Who answers from now on, by wish and for blow-ups: the simplest that is not shown to be behind the best in a new flow, of known and of new models; kept in the zoo and in the run."
     told = {wish: {"tried": chosen(judged, wish, among=[*RANKERS, *LISTS]), "untried": chosen(judged, wish, among=UNTRIED)} for wish in WISHES}
     keep_rankers(zoo, table, [name for names in told.values() for name in names.values()], **(FEW if run.config.section("zoo").practice else {}))
     ask = lambda among: chosen(foreseen, "blow-up", among=among, score="brier")

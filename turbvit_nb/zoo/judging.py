@@ -166,20 +166,22 @@ def verdict(
 def chosen(
     judged: xr.Dataset,
     wish: str,
-    quadrant: str = "new flow",
+    quadrants: Sequence[str] = ("new flow", "both new"),
     among: Sequence[str] | None = None,  # rankers that could be used; default: all
     score: str = "weighted_tau",
 ) -> str:
-    "The simplest ranker that no later one beats beyond the interval of the difference."
+    "The simplest ranker that is behind the best by more than the interval of the difference in none of the quadrants."
     if wish not in judged.wish:
         raise LabError(f"there is no wish {wish}; there are {', '.join(map(str, judged.wish.values))}")
     names = [str(name) for name in judged.ranker.values if among is None or name in among]
-    best = names[0]
-    for name in names[1:]:
-        ends = with_interval(judged, score, over=best).sel(ranker=name, wish=wish, quadrant=quadrant)
-        if float(ends.sel(end="low")) > 0 if HIGHER[score] else float(ends.sel(end="high")) < 0:
-            best = name
-    return best
+    sign, behind = 1 if HIGHER[score] else -1, np.zeros(len(names), int)
+    for quadrant in quadrants:
+        at = dict(ranker=names, wish=wish, quadrant=quadrant)
+        means = sign * with_interval(judged, score).sel(end="mean", **at).values
+        if np.isfinite(means).any():
+            away = with_interval(judged, score, over=names[int(np.nanargmax(means))]).sel(end=["low", "high"], **at).values
+            behind += (sign * away < 0).all(0)
+    return names[int(behind.argmin())]
 
 # %% ../../nbs/zoo/13_judging.ipynb #f6dcabb4
 def judged_table(
