@@ -84,9 +84,9 @@ def decide(run: Run, zoo: Zoo, table: Table, judged: xr.Dataset, foreseen: xr.Da
     told = {wish: {"tried": chosen(judged, wish, among=[*RANKERS, *LISTS]), "untried": chosen(judged, wish, among=UNTRIED)} for wish in WISHES}
     keep_rankers(zoo, table, [name for names in told.values() for name in names.values()], **(FEW if run.config.section("zoo").practice else {}))
     ask = lambda among: chosen(foreseen, "blow-up", among=among, score="brier")
-    tried = ask([*FORESIGHT])
-    area = with_interval(foreseen, "auc").sel(ranker=tried, wish="blow-up", quadrant="new flow")
-    told["blow-up"] = {"tried": tried, "untried": ask(UNSEEN), "why": f"AUC in new flows {interval_text(*map(float, area))}"}
+    areas = with_interval(foreseen, "auc").sel(wish="blow-up", quadrant="new flow")
+    told["blow-up"] = {"tried": ask([*FORESIGHT]), "untried": ask(UNSEEN)}
+    told["blow-up"] |= {f"why {how}": f"AUC in new flows {interval_text(*map(float, areas.sel(ranker=name)))}" for how, name in told["blow-up"].items()}
     for folder in (zoo.path, run.path):
         write_json(folder / "choice.json", told)
     return told

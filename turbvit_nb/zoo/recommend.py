@@ -369,7 +369,7 @@ UNTRIED = (  # need no frames
 WINS = {
     "forecast": {"tried": "probe", "untried": "boosting, metadata"},
     "climate": {"tried": "short free run", "untried": "boosting, metadata"},
-    "blow-up": {"tried": "largest enstrophy", "untried": "metadata", "why": "not judged yet; run 15_zoo"},
+    "blow-up": {"tried": "largest enstrophy", "untried": "metadata", "why tried": "not judged yet; run 15_zoo", "why untried": "not judged yet; run 15_zoo"},
 }
 
 
@@ -497,9 +497,8 @@ def blowup(
     frames: bool = True,  # whether they were tried on some
 ) -> tuple[np.ndarray, str]:  # (M,), and who says so
     "The chance that each blows up."
-    asked = choice(zoo)["blow-up"]
-    name = asked["tried" if frames else "untried"]
-    return FORESIGHT[name]().fit(table).predict(row)[:, 0], f"{name} ({asked['why']})"
+    asked, how = choice(zoo)["blow-up"], "tried" if frames else "untried"
+    return FORESIGHT[asked[how]]().fit(table).predict(row)[:, 0], f"{asked[how]} ({asked[f'why {how}']})"
 
 
 def _first(row: Table, models: Sequence[Model], ranker: Ranker, wish: str, count: int) -> list[Model]:
