@@ -36,6 +36,7 @@ class Backend:
     package: str | None = None  # what it needs besides torch
     precisions = ("fp32", "bf16", "int8")  # that it can do
     rest = torch.float32  # with int8, of what stays outside the integers
+    levels = 127  # with int8, the largest integer of a weight
 
     def __init_subclass__(cls, name: str):
         cls.name, BACKENDS[name] = name, cls
@@ -78,8 +79,8 @@ def _program(kept: Mapping[str, Tensor], about: Mapping[str, Any]) -> Program:
         network = create_model(**config)
     statistics = Normaliser(**about["statistics"])
     program = Program(Emulator(network, statistics, **about["settings"]))
-    scales = dict.fromkeys(quantised(program.network), 1.0)
-    program = lowered(program, about["precision"], scales, BACKENDS[about["backend"]].rest)
+    scales, found = dict.fromkeys(quantised(program.network), 1.0), BACKENDS[about["backend"]]
+    program = lowered(program, about["precision"], scales, found.rest, found.levels)
     program.load_state_dict(kept)
     return program
 
@@ -143,6 +144,7 @@ class OnnxRuntime(_Graph, name="onnxruntime"):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", "1")
         session = onnxruntime.InferenceSession(_bytes(kept), options, ["CPUExecutionProvider"])
         names = [each.name for each in session.get_inputs()]
 
@@ -164,7 +166,7 @@ def openvino_core() -> Any:
 class OpenVino(_Graph, name="openvino"):
     "OpenVINO on the processor."
 
-    package, rest = "openvino", torch.bfloat16
+    package, rest, levels = "openvino", torch.bfloat16, 63
 
     @staticmethod
     def open(kept, about):
@@ -299,7 +301,7 @@ def deploy(
         raise LabError("int8 needs frames to find the range of every layer on: give batches")
     scales = calibrate(program, batches) if precision == "int8" else {}
     x = torch.zeros(2, len(emulator.fields), emulator.num_frames, emulator.size, emulator.size)
-    program = lowered(program, precision, scales, found.rest)
+    program = lowered(program, precision, scales, found.rest, found.levels)
     kept = found.keep(program, x, torch.ones(2, len(FEATURES)))
     return Deployed(kept=kept, backend=backend, precision=precision, **_about(emulator)).eval()
 

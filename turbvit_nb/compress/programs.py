@@ -143,7 +143,7 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     def symbolic(g, x, weight, scale, scales):
         constant = lambda tensor: g.op("Constant", value_t=tensor)
-        middle = constant(torch.tensor(128, dtype=torch.uint8))  # unsigned suits more processors
+        middle = constant(torch.tensor(128, dtype=torch.uint8))  # what processors multiply by a signed one
         q = g.op("QuantizeLinear", x, scale, middle)
         x = g.op("DequantizeLinear", q, scale, middle)
         zeros = constant(torch.zeros(weight.type().sizes()[1], dtype=torch.int8))
@@ -158,10 +158,11 @@ class IntegerLinear(nn.Module):
         self,
         linear: nn.Linear,
         scale: float,  # of the inputs: the largest, divided by 127
+        levels: int = 127,  # the largest integer of a weight
     ):
         super().__init__()
         weight = linear.weight.detach().float()
-        scales = weight.abs().amax(1).clamp(min=1e-12) / 127
+        scales = weight.abs().amax(1).clamp(min=1e-12) / levels
         q = (weight / scales[:, None]).round().to(torch.int8)
         self.register_buffer("weight", q.T.contiguous())
         self.register_buffer("scales", scales)
@@ -212,6 +213,7 @@ def lowered(
     precision: str,  # one of `PRECISIONS`
     scales: Mapping[str, float] = {},  # for int8, of `calibrate`
     rest: torch.dtype = torch.float32,  # with int8, of what stays outside the integers
+    levels: int = 127,  # with int8, the largest integer of a weight
 ) -> Program:
     "The program in another precision. Raises `LabError` where that has nothing to act on."
     layers = quantised(program.network) if precision == "int8" else {}
@@ -225,7 +227,7 @@ def lowered(
         new.network.to(rest)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(new.network.get_submodule(parent), child, IntegerLinear(layer, scales[name]))
+        setattr(new.network.get_submodule(parent), child, IntegerLinear(layer, scales[name], levels))
     return new
 
 # %% ../../nbs/compress/10_programs.ipynb #a2115327
