@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def pytest_collection_modifyitems(config, items):
     for item in items if not config.getoption("--soak") else []:
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.skip(reason="too long for every commit: make soak"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    "How often jobs died, by stage, in the tests that count it and passed."
+    kills = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, count in (value for key, value in report.user_properties if key == "kills"):
+            kills[name] += count
+    if kills:
+        terminalreporter.write_sep("-", "deaths survived")
+        terminalreporter.write_line(", ".join(f"{name} {count}" for name, count in kills.most_common()) + f"; {kills.total()} in all")
 
 
 def real_py2d() -> Path | None:

@@ -134,23 +134,44 @@ def test_generation_killed(world, tmp_path):
     assert differences(contents(tmp_path / "data"), made.after) == []
 
 
+def some_deaths(reference: Reference) -> list[dict]:
+    "One to three, at calls and at moments."
+    chance = random.Random()
+    return [chance.choice((reference.call, reference.moment))(chance) for _ in range(chance.randint(1, 3))]
+
+
+def killed(ends: list[dict]) -> int:
+    "How many lives ended by SIGKILL: one that was to be killed at a late moment may have been done before."
+    return sum(end["code"] == -9 for end in ends)
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("round", range(24))
+@pytest.mark.parametrize("round", range(12))
 @pytest.mark.parametrize("name", STAGES)
-def test_killed_again_and_again(name, round, world, tmp_path):
+def test_killed_again_and_again(name, round, world, tmp_path, record_property):
     "What is random is random; the message of a failure says how it died."
-    home, reference, chance = world.begin(name, tmp_path), world.reference(name), random.Random()
-    lives(world, name, home, *(chance.choice((reference.call, reference.moment))(chance) for _ in range(chance.randint(1, 3))))
+    home, deaths = world.begin(name, tmp_path), some_deaths(world.reference(name))
+    record_property("kills", (name, killed(lives(world, name, home, *deaths))))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("round", range(12))
+def test_generation_killed_again_and_again(round, world, tmp_path, record_property):
+    deaths = some_deaths(world.made)
+    ends = [world.server.life("generate", tmp_path, tmp_path / "data", **how) for how in [*deaths, {}]]
+    assert ends[-1]["code"] == 0 and differences(contents(tmp_path / "data"), world.made.after) == [], (deaths, ends)
+    record_property("kills", ("generate", killed(ends)))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("round", range(3))
 @pytest.mark.parametrize("name", STAGES)
-def test_disk_full_again_and_again(name, round, world, tmp_path):
+def test_disk_full_again_and_again(name, round, world, tmp_path, record_property):
     home, reference, chance = world.begin(name, tmp_path), world.reference(name), random.Random()
     full = reference.full(chance)
     end = lives(world, name, home, full)[0]
     assert ran_out(end), (full, end)
+    record_property("kills", ("full disks", 1))
 
 
 def test_killed_after_its_last_step(world, tmp_path):
