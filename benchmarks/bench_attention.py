@@ -19,7 +19,7 @@ import time
 
 import torch
 
-from turbvit_nb.lab.plots import Table
+from turbvit_nb.lab.tables import Table
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,8 +13,8 @@ from turbvit_nb.compress.criteria import CRITERIA, SCORES_STRUCTURE
 from turbvit_nb.compress.schedules import Step
 from turbvit_nb.compress.selection import SCOPES
 from turbvit_nb.compress.units import unit_named
-from turbvit_nb.lab.plots import Table
 from turbvit_nb.lab.runs import open_run
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.prune import Stages, open_stages, read_pruning
 from turbvit_nb.train import train
 

@@ -17,7 +17,7 @@ import torch
 from turbvit_nb.compress.backends import BACKENDS, deploy
 from turbvit_nb.compress.latency import interleaved
 from turbvit_nb.deploy import step_error
-from turbvit_nb.lab.plots import Table
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, create_emulator, evaluating
 from turbvit_nb.networks.transformers import FEATURES
 from turbvit_nb.physics.spectral import grid

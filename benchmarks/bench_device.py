@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from turbvit_nb.compress.latency import interleaved
-from turbvit_nb.lab.plots import Table
 from turbvit_nb.lab.ranks import resolve_device
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.model import create_model
 
 NETWORKS = {

@@ -16,7 +16,7 @@ import torch
 from turbvit_nb.compress.latency import interleaved
 from turbvit_nb.flow.generative import Generative, drawn_losses
 from turbvit_nb.flow.teaching import draws_for
-from turbvit_nb.lab.plots import Table
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.model import ModelConfig, Normaliser, create_model
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -13,7 +13,7 @@ import time
 import torch
 from torch import nn
 
-from turbvit_nb.lab.plots import Table
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.layers.attention import attending, attention, fused_attention, plain_attention
 from turbvit_nb.layers.convolution import CircularConv
 from turbvit_nb.layers.embed import TubeletConv

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from turbvit_nb.compress.latency import interleaved
-from turbvit_nb.lab.plots import Table
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.model import Emulator, Normaliser, create_model
 
 NETWORKS = {

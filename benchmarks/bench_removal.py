@@ -26,7 +26,7 @@ from turbvit_nb.compress.materialize import materialize
 from turbvit_nb.compress.schedules import Step
 from turbvit_nb.compress.selection import select
 from turbvit_nb.compress.units import unit_named
-from turbvit_nb.lab.plots import Table
+from turbvit_nb.lab.tables import Table
 from turbvit_nb.model import Emulator, ModelConfig, Normaliser, card, create_emulator
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -75,7 +75,7 @@ def _text(examination: Examination) -> str:
 
 def _markdown(examination: Examination) -> str:
     "A table, the warnings as a list below."
-    from turbvit_nb.lab.plots import Table
+    from turbvit_nb.lab.tables import Table
 
     names = ("", "what", "value")
     table = Table([dict(zip(names, row)) for row in examination.shown], examination.title)

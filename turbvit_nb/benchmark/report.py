@@ -21,11 +21,12 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 
 from ..lab.files import read_json, write_json
-from ..lab.plots import Table, curves, forest
+from ..lab.plots import curves, forest
 from ..lab.progress import note
 from .keys import SUBJECTS
 from .solver import Point
 from .turns import Race, as_json, exponent, from_json, transform_work
+from ..lab.tables import Table
 
 # %% ../../nbs/benchmark/08_report.ipynb #dbd1f866
 @dataclass

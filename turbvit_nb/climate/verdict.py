@@ -34,7 +34,7 @@ from turbvit_nb.climate.distances import (
 from .extremes import EXTREMES, PERIODS
 from .figures import duration, marked, source_label, time_step
 from ..forecast.scores import wave_marks
-from ..lab.plots import Table, interval_text
+from ..lab.tables import Table, interval_text
 from ..physics.budgets import TERMS
 from ..physics.statistics import decorrelation_time
 

@@ -35,7 +35,8 @@ from turbvit_nb.forecast.reading import (
 )
 from .scores import BANDS, LABELS, UNITS, horizon_words, wave_marks
 from ..lab.checkpoints import parse_name
-from ..lab.plots import Table, beside, curves, field_strip, forest, looks, spectra
+from ..lab.plots import beside, curves, field_strip, forest, looks, spectra
+from ..lab.tables import Table
 
 # %% ../../nbs/forecast/07_figures.ipynb #52895d1d
 def _rivals(scores: xr.Dataset, name: str) -> list[str]:

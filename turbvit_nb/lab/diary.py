@@ -23,8 +23,8 @@ from .config import LabError, find_config, load_config, runs_dir
 from .files import Lock, on_disk
 from .index import in_words, read_stages, run_facts, run_rows, score_columns, spent
 from .jobs import at_work
-from .plots import Table
 from .runs import find_runs, read_metrics, run_id, stages
+from .tables import Table
 
 # %% ../../nbs/lab/23_diary.ipynb #316dc554
 def plain(text: str) -> str:

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
@@ -134,13 +135,16 @@ def as_record(text: bytes | str, shape: TypeAdapter) -> Any:
         raise LabError(f"is damaged: {where[:200]}: {first['msg'].replace('Input should', 'should')}") from None
 
 
+_adapter = cache(TypeAdapter)  # making one takes longer than reading a file with it
+
+
 def read_json(
     path: Path,
     shape: Any,  # a type for pydantic: `dict[str, Any]`, a `TypedDict`, …
     remedy: str,  # what the user should do where it is damaged
 ) -> Any:  # of that shape
     "The record in a JSON file. Raises `LabError`."
-    shape = TypeAdapter(shape)  # a shape that is none is a fault of ours
+    shape = _adapter(shape)  # a shape that is none is a fault of ours
     with undamaged(path, remedy):
         try:
             return as_record(path.read_bytes(), shape)

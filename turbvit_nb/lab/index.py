@@ -21,8 +21,8 @@ from typing_extensions import Required, TypedDict
 from .checkpoints import Identity, identify, parse_name
 from .config import LabError, read_toml, runs_dir
 from .files import read_json, undamaged
-from .plots import Table, interval_text
 from .runs import find_runs, read_metrics, stages
+from .tables import Table, interval_text
 
 # %% ../../nbs/lab/12_index.ipynb #97762dec
 def flow(config: Mapping) -> str:

@@ -32,7 +32,7 @@ from nbformat import NotebookNode
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from .config import LabError, Section, root
-from .plots import Table
+from .tables import Table
 
 # %% ../../nbs/lab/15_pages.ipynb #bdf53385
 def opening_apart(nb: dict) -> None:

@@ -29,7 +29,7 @@ from .index import (
 from .files import atomic
 from .jobs import Chapter, html_copy
 from .pages import Reports, write_page
-from .plots import Table, scorecard
+from .tables import Table, scorecard
 
 # %% ../../nbs/lab/16_site.ipynb #804d5a24
 KEPT = ("kernelspec", "language_info", "made_at")  # of the metadata of a report

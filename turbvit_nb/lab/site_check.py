@@ -24,9 +24,9 @@ from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 from .config import root
 from .jobs import STYLE, MathExporter
-from .plots import Table
 from .pages import is_picture
 from .site import heading_id, site_files, site_pages, way
+from .tables import Table
 
 # %% ../../nbs/lab/17_site_check.ipynb #5b153907
 OPTIONS = """echo output include eval warning error label column fig-cap fig-alt tbl-cap

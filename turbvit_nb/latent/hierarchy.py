@@ -216,20 +216,22 @@ class Hierarchy(nn.Module):
         img_size: int,  # points per side N
         channels: int,  # M: fields times frames of a window
         levels: Sequence[tuple[int, int]],  # (side, channels) of each code, coarsest first, sides doubling
-        width: int = 32,  # channels on the grid of half the points, doubled at each halving
+        width: int = 32,  # channels on the grid of half the points
+        doublings: int | None = None,  # halvings at which they double; None: all
         first_log_scale: float = -2.3,  # ln s of a posterior before training
         spectral_norm: bool = False,  # whether each convolution is divided by its largest singular value
         divided: bool = True,  # see `normal_of`; those of checkpoints that do not say so are not
     ):
         super().__init__()
-        self.config = dict(img_size=img_size, channels=channels, levels=[list(level) for level in levels], width=width)
+        self.config = dict(img_size=img_size, channels=channels, levels=[list(level) for level in levels], width=width, doublings=doublings)
         self.config |= dict(first_log_scale=first_log_scale, spectral_norm=spectral_norm, divided=divided)
         self.anchor, self.levels = Anchor(img_size, channels, levels), [tuple(level) for level in levels]
         sides = [img_size // 2]
         while sides[-1] > self.levels[0][0]:
             sides.append(sides[-1] // 2)
         self.sides, self.first_log_scale, self.divided = sides, first_log_scale, divided
-        widths = dict(zip(sides, (width * 2**i for i in range(len(sides)))))
+        most = len(sides) if doublings is None else doublings
+        widths = {side: width * 2 ** min(i, most) for i, side in enumerate(sides)}
         block = lambda side: ResidualBlock(in_chans=widths[side], out_chans=widths[side])
         head = lambda side, out: CircularConv(widths[side], out)
         self.stem = CircularConv(4 * channels, width)

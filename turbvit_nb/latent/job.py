@@ -34,7 +34,8 @@ class LatentConfig(LoopConfig):
     fields: list[str] = ["omega"]  # what a frame is told by
     num_frames: int = Field(1, ge=1)  # of a window that is coded together
     levels: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = [[8, 4], [16, 3]]  # side and channels of each code, coarsest first
-    width: int = Field(32, gt=0, multiple_of=8)  # channels on the grid of half the points, doubled at each halving
+    width: int = Field(32, gt=0, multiple_of=8)  # channels on the grid of half the points
+    doublings: int = Field(2, ge=0)  # halvings at which they double: with many more, training at a usual rate breaks off
     spectral_norm: bool = False  # no inner convolution stretches what it is given
     sigma: float = Field(0.1, gt=0)  # of the decoder, in standard deviations of the fields: what a nat is worth
     error: Error = "mse"
@@ -65,7 +66,7 @@ def build_coder(
     "The coder of [latent]. Raises `LabError` for levels that do not fit the frames."
     latent, normaliser = run.config.section("latent"), statistics(dataset)
     channels = len(latent.fields) * latent.num_frames
-    network = Hierarchy(img_size=dataset.NX, channels=channels, levels=latent.levels, width=latent.width, spectral_norm=latent.spectral_norm)
+    network = Hierarchy(img_size=dataset.NX, channels=channels, levels=latent.levels, width=latent.width, doublings=latent.doublings, spectral_norm=latent.spectral_norm)
     told = ("num_frames", "sigma", "error", "power", "free", "variational", "bound")
     coder = Coder(network, normaliser, fields=latent.fields, step=dataset.input_step, **{name: getattr(latent, name) for name in told})
     network.anchor.fit(coder.stacked(samples_of(dataset, 512, 1)["x"]))

@@ -16,9 +16,10 @@ import numpy as np
 import scipy.stats
 
 from ..lab.config import LabError, hint, registry
-from ..lab.plots import Table, curves, looks
+from ..lab.plots import curves, looks
 from ..lab.runs import read_metrics, stages
 from ..lab.sweeps import Sweep, read_sweep
+from ..lab.tables import Table
 
 # %% ../../nbs/sparse/09_arms.ipynb #7d51fe69
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 
 from ..datasets import FrameDataset
 from ..lab.config import run_folder
-from ..lab.plots import Table
 from ..lab.runs import read_metrics
+from ..lab.tables import Table
 from ..physics.spectral import Grid
 from .scores import Scores
 

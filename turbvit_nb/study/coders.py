@@ -13,8 +13,9 @@ from pathlib import Path
 import holoviews as hv
 
 from ..lab.config import LabError, load_config
-from ..lab.plots import Table, curves, looks
+from ..lab.plots import curves, looks
 from ..lab.runs import stages
+from ..lab.tables import Table
 from .pareto import plain_logs
 from .verdict import Finding
 

@@ -96,11 +96,12 @@ def reference_of(
 
 # %% ../../nbs/study/09_costs.ipynb #5ebc7320
 def machine() -> str:
-    "The processor, as the system calls it."
+    "The processor, as the system calls it, and the instructions that torch uses of it: a name alone may stand for several."
     listed = Path("/proc/cpuinfo")
     text = listed.read_text() if listed.exists() else ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _file(entry: Entry) -> Path:

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..lab.plots import Table, interval_text
+from ..lab.tables import Table, interval_text
 from .costs import reference_of
 from .damage import eaten_first, forecast_damage, last_shell
 from .differences import controls

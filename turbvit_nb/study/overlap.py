@@ -21,7 +21,8 @@ from scipy import stats
 from torch import Tensor
 
 from ..lab.files import read_checkpoint
-from ..lab.plots import Table, forest, interval_text
+from ..lab.plots import forest
+from ..lab.tables import Table, interval_text
 from .differences import extra_training
 from .entries import Entry
 from .points import MEASURES, Point, change, over_seeds

@@ -14,7 +14,8 @@ import holoviews as hv
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..lab.plots import COLOURS, THRESHOLD, Table, interval_text
+from ..lab.plots import COLOURS, THRESHOLD
+from ..lab.tables import Table, interval_text
 from .entries import Entry
 from .points import FAMILIES, MEASURES, Point, over_seeds
 from .tables import short_count

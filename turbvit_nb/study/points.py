@@ -23,7 +23,7 @@ from scipy import stats
 from ..climate.distances import BUDGETED
 from ..forecast.reading import curve
 from ..lab.checkpoints import parse_name
-from ..lab.plots import Table, interval_text
+from ..lab.tables import Table, interval_text
 from ..physics.metrics import horizon
 from .costs import reference_of
 from .differences import controls, home_of, start_of, taught, untrained

@@ -18,7 +18,8 @@ import torch
 from scipy import stats
 
 from ..forecast.reading import start_block
-from ..lab.plots import Table, curves, interval_text
+from ..lab.plots import curves
+from ..lab.tables import Table, interval_text
 from ..physics.metrics import horizon
 from ..physics.statistics import block_replicates
 from .differences import same_starts

@@ -16,9 +16,9 @@ from statistics import NormalDist
 import numpy as np
 import xarray as xr
 
-from ..lab import plots
-from ..lab.plots import Table, interval_text
+from ..lab import tables
 from ..climate.distances import BUDGETED, climate_bias
+from ..lab.tables import Table, interval_text
 from .differences import reach_difference, same_starts
 from .entries import HEADLINE, Entry, drift_words
 
@@ -58,7 +58,7 @@ class Cell:
     value: float = math.nan
     low: float = math.nan
     high: float = math.nan
-    mark: str = "unknown"  # a key of `plots.MARKS`
+    mark: str = "unknown"  # a key of `tables.MARKS`
     text: str = "not known"
 
 
@@ -226,10 +226,10 @@ class Scorecard:
         self.rows = list(rows)
 
     def _repr_html_(self) -> str:
-        return plots.scorecard(self.rows, SCORED)
+        return tables.scorecard(self.rows, SCORED)
 
     def __repr__(self) -> str:
-        text = lambda cell: f"{plots.MARKS[cell['mark']][0]} {cell['text']}"
+        text = lambda cell: f"{tables.MARKS[cell['mark']][0]} {cell['text']}"
         return str(Table([{"": part["model"]} | {cell["what"]: text(cell) for cell in part["cells"]}
                           for part in self.rows], SCORED))
 

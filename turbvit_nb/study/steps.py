@@ -17,7 +17,8 @@ import holoviews as hv
 import numpy as np
 import xarray as xr
 
-from ..lab.plots import Table, beside, interval_text, looks
+from ..lab.plots import beside, looks
+from ..lab.tables import Table, interval_text
 from .entries import Entry, step_at
 from .pareto import plain_logs
 from .points import blow_ups, over_seeds, strong_vortices

@@ -10,7 +10,7 @@ __all__ = ['unbroken', 'short_count', 'cost_table', 'horizon_table', 'lead_colum
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ..lab.plots import Table, interval_text
+from ..lab.tables import Table, interval_text
 from .differences import differences
 from ..climate.distances import BUDGETED, climate_bias
 from .entries import REACHES, Entry, drift_words, step_at, study_step

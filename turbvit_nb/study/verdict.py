@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..lab.plots import interval_text
+from ..lab.tables import interval_text
 from turbvit_nb.study.differences import (
     control_of,
     distance_gaps,

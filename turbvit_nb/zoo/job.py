@@ -13,9 +13,9 @@ import numpy as np
 import xarray as xr
 
 from ..lab.files import write_json
-from ..lab.plots import interval_text
 from ..lab.results import write_netcdf
 from ..lab.runs import Run
+from ..lab.tables import interval_text
 from .blowups import FORESIGHT, UNSEEN
 from .judging import Split, chosen, judge, judge_foresight, splits, with_interval
 from .listwise import ListConfig, ListRanker

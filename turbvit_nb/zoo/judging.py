@@ -17,7 +17,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold, KFold
 from threadpoolctl import threadpool_limits
 
-from ..lab import plots
+from ..lab import tables
 from ..lab.config import LabError
 from ..lab.progress import progress
 from .rankers import Foresight, Ranker
@@ -151,7 +151,7 @@ def verdict(
     ranker: str,
     over: str,  # the one to beat
     score: str = "weighted_tau",
-) -> plots.Table:
+) -> tables.Table:
     "Whether one ranker is ahead of another, by wish and quadrant."
     found, rows = with_interval(judged, score, over).sel(ranker=ranker), []
     for wish in judged.wish.values:
@@ -159,8 +159,8 @@ def verdict(
             mean, low, high = found.sel(wish=wish, quadrant=quadrant).values
             ahead, behind = (low > 0, high < 0) if HIGHER[score] else (high < 0, low > 0)
             said = "ahead" if ahead else "behind" if behind else "no difference shown"
-            rows.append({"": f"{wish}, {quadrant}", "difference": plots.interval_text(mean, low, high, "+"), "verdict": said})
-    return plots.Table(rows, f"{ranker} against {over}: {SCORE_TITLES[score]} [95 % interval]")
+            rows.append({"": f"{wish}, {quadrant}", "difference": tables.interval_text(mean, low, high, "+"), "verdict": said})
+    return tables.Table(rows, f"{ranker} against {over}: {SCORE_TITLES[score]} [95 % interval]")
 
 # %% ../../nbs/zoo/13_judging.ipynb #01ca92f2
 def chosen(
@@ -188,26 +188,26 @@ def judged_table(
     judged: xr.Dataset,
     wish: str,
     score: str = "weighted_tau",
-) -> plots.Table:
+) -> tables.Table:
     "A row for each ranker, a column for each quadrant, with intervals."
     found = with_interval(judged, score).sel(wish=wish)
-    cell = lambda ranker, quadrant: plots.interval_text(*map(float, found.sel(ranker=ranker, quadrant=quadrant)))
+    cell = lambda ranker, quadrant: tables.interval_text(*map(float, found.sel(ranker=ranker, quadrant=quadrant)))
     rows = [{"": str(ranker)} | {str(q): cell(ranker, q) for q in judged.quadrant.values} for ranker in judged.ranker.values]
-    return plots.Table(rows, f"{wish}: {SCORE_TITLES[score]} [95 % interval over splits]")
+    return tables.Table(rows, f"{wish}: {SCORE_TITLES[score]} [95 % interval over splits]")
 
 
 def budget_table(
     judged: xr.Dataset,
     wish: str,
     quadrants: Sequence[str] = ("new flow", "both new"),
-) -> plots.Table:
+) -> tables.Table:
     "The regret within each budget: a row for each ranker."
     found = with_interval(judged, "regret_within").sel(wish=wish)
-    cell = lambda **at: plots.interval_text(*map(float, found.sel(at)))
+    cell = lambda **at: tables.interval_text(*map(float, found.sel(at)))
     columns = [(str(budget), quadrant) for budget in judged.budget.values for quadrant in quadrants]
     rows = [{"": str(ranker)} | {f"{budget}, {quadrant}": cell(ranker=ranker, budget=budget, quadrant=quadrant) for budget, quadrant in columns}
             for ranker in judged.ranker.values]
-    return plots.Table(rows, f"{wish}: {SCORE_TITLES['regret']} among the models that keep to the budget [95 % interval over splits]")
+    return tables.Table(rows, f"{wish}: {SCORE_TITLES['regret']} among the models that keep to the budget [95 % interval over splits]")
 
 
 def judged_figure(
