@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'is_ensemble', 'step_of', 'evaluations', 'method_of', 'Arm', 'arms_of', 'common_times', 'crps_at',
            'mean_acc_at', 'reliability', 'small_scales', 'enstrophy_bias', 'spectral_distance', 'per_time_unit',
-           'arm_rows', 'lines_of', 'cost_figure', 'known_levels', 'steps_figure', 'against', 'step_findings']
+           'arm_rows', 'lines_of', 'Point', 'family_of', 'cost_panel', 'cost_panels', 'known_levels', 'steps_figure',
+           'against', 'step_findings']
 
 # %% ../../nbs/study/16_steps.ipynb #e6c63430
 import math
@@ -17,7 +18,7 @@ import holoviews as hv
 import numpy as np
 import xarray as xr
 
-from ..lab.plots import beside, looks
+from ..lab.plots import COLOURS, beside
 from ..lab.tables import Table, interval_text
 from .entries import Entry, step_at
 from .pareto import plain_logs
@@ -165,34 +166,62 @@ def lines_of(arms: Sequence[Arm]) -> dict[str, dict[str, Arm]]:
     return found
 
 
-def cost_figure(
-    arms: Sequence[Arm],
-    measure: Callable[[Entry], float],
+@dataclass(frozen=True)
+class Point:
+    "An arm in a figure: a number against what a time unit costs."
+
+    told: str  # at the point
+    cost: float
+    value: float
+    low: float
+    high: float
+
+
+def family_of(name: str) -> str:
+    "What the lines of one panel have in common: CRPS about the mean, whitened is a CRPS."
+    return name.partition(",")[0].partition(" about")[0]
+
+
+def cost_panel(
+    lines: Mapping[str, Sequence[Point]],  # of all families, by what `lines_of` calls them
+    family: str,  # of the panel
     ylabel: str,
-    cost: Callable[[Arm], float],
     xlabel: str,
     levels: Mapping[str, float] = {},  # name: a value that all are compared with
-    **axes,
+    logy: bool = False,
 ) -> hv.Overlay:
-    "A number against the cost of a time unit, a curve for each way to be taught (see `lines_of`); bars are intervals over seeds."
-    lines, parts = lines_of(arms), []
-    style, small = looks(list(lines)), {"size": 7, "color": "#555555", "horizontalalignment": "left", "verticalalignment": "bottom"}
-    for (name, mine), marker in zip(lines.items(), cycle("osD^vP*X<>")):
-        at = {told: (cost(arm), *arm.of(measure)) for told, arm in mine.items() if math.isfinite(arm.of(measure)[0])}
-        points = [(x, middle) for x, middle, *_ in at.values()]
-        parts.append(hv.Curve(points, "x", "y").opts(color=style[name]["color"], linewidth=1))
-        parts.append(hv.Scatter(points, "x", "y", label=name).opts(color=style[name]["color"], marker=marker, s=28))
-        parts += [hv.Path([[(x, low), (x, high)]], ["x", "y"]).opts(color=style[name]["color"], linewidth=1)
-                  for x, _, low, high in at.values() if math.isfinite(low + high)]
-        if len(at) > 1:
-            parts += [hv.Labels([(x, middle, f" {told}")], ["x", "y"], "step").opts(**small) for told, (x, middle, *_) in at.items()]
-    left = min(cost(arm) for arm in arms)
+    "The lines of one family in colour, those of the others in grey; bars are intervals over seeds."
+    own = [name for name in lines if family_of(name) == family]
+    curve = lambda points, **look: hv.Curve([(point.cost, point.value) for point in points], "x", "y").opts(**look)
+    parts = [curve(points, color="#cccccc", linewidth=0.8) for name, points in lines.items() if name not in own]
+    small = {"size": 7, "color": "#555555", "horizontalalignment": "left", "verticalalignment": "bottom"}
+    left = min(point.cost for points in lines.values() for point in points)
     for name, value in levels.items():
         parts.append(hv.HLine(value).opts(color="#777777", linestyle="dotted", linewidth=1))
         parts.append(hv.Labels([(left, value, name)], ["x", "y"], "step").opts(**small))
-    look = {"logx": True, "xlabel": xlabel, "ylabel": ylabel, "legend_limit": 10**6, "legend_position": "right", "padding": 0.1}
-    look |= {"hooks": [plain_logs(1.3)], "aspect": 1.3, "fig_inches": 4.4, "fontsize": {"legend": 8}}
-    return hv.Overlay(parts).opts(**(look | axes))
+    for name, colour, marker in zip(own, cycle(COLOURS), cycle("osD^vP*X")):
+        parts.append(curve(lines[name], color=colour, linewidth=1.2))
+        parts += [hv.Path([[(p.cost, p.low), (p.cost, p.high)]], ["x", "y"]).opts(color=colour, linewidth=1) for p in lines[name] if math.isfinite(p.low + p.high)]
+        title = name[len(family) :].removeprefix(", ").strip() or family
+        parts.append(hv.Scatter([(p.cost, p.value) for p in lines[name]], "x", "y", label=title).opts(color=colour, marker=marker, s=28))
+        if len(lines[name]) > 1:
+            parts.append(hv.Labels([(p.cost, p.value, f" {p.told}") for p in lines[name]], ["x", "y"], "step").opts(**small))
+    look = {"logx": True, "logy": logy, "xlabel": xlabel, "ylabel": ylabel, "legend_limit": 10**6, "legend_position": "best", "padding": 0.1}
+    look |= {"hooks": [plain_logs(1.3)], "aspect": 1.5, "fig_inches": 4.4, "fontsize": {"legend": 7.5, "title": 10}, "title": family}
+    return hv.Overlay(parts).opts(**look)
+
+
+def cost_panels(
+    lines: Mapping[str, Sequence[Point]],
+    ylabel: str,
+    xlabel: str,
+    levels: Mapping[str, float] = {},  # those far from all points are left out
+    logy: bool = False,
+) -> hv.Layout:
+    "A panel for each family, two in a row, all with the same axes."
+    values = [point.value for points in lines.values() for point in points]
+    levels = {name: value for name, value in levels.items() if min(values) / 1.5 < value < 1.5 * max(values)}
+    return beside(*(cost_panel(lines, family, ylabel, xlabel, levels, logy) for family in dict.fromkeys(map(family_of, lines)))).cols(2)
 
 
 def known_levels(entries: Sequence[Entry], time: float) -> dict[str, float]:
@@ -206,18 +235,26 @@ def known_levels(entries: Sequence[Entry], time: float) -> dict[str, float]:
     return found
 
 
-def steps_figure(arms: Sequence[Arm], batch_size: int = 1) -> hv.Layout:
-    "CRPS at the last common lead, and the smallest scales' enstrophy, against the cost of a time unit."
+def _lines(arms: Sequence[Arm], measure: Callable[[Entry], float], cost: Callable[[Arm], float]) -> dict[str, list[Point]]:
+    "The points of a figure, as far as the number is known."
+    found = {name: [Point(told, cost(arm), *arm.of(measure)) for told, arm in mine.items()] for name, mine in lines_of(arms).items()}
+    return {name: known for name, points in found.items() if (known := [point for point in points if math.isfinite(point.value)])}
+
+
+def steps_figure(
+    arms: Sequence[Arm],
+    batch_size: int = 1,  # samples that stepped at once where the latency was taken
+    scales: bool = False,  # of the smallest scales' enstrophy, instead of the CRPS at the last lead that all have
+) -> hv.Layout | None:  # None where the number is known of no arm
+    "What a forecast or a climate is worth, against the cost of a time unit."
     every = [entry for arm in arms for entry in arm.entries]
     last = common_times(every)[-1]
     timed = all(math.isfinite(per_time_unit(entry)) for entry in every)
     cost = (lambda arm: arm.of(lambda e: per_time_unit(e, batch_size))[0]) if timed else (lambda arm: arm.evaluations / arm.step)
-    xlabel = "ms of a member in a time unit" if timed else "evaluations in a time unit"
-    look = dict(cost=cost, xlabel=xlabel, logy=True)
-    panels = [cost_figure(arms, lambda e: crps_at(e, last), f"CRPS of u at {last:.3g} time units", levels=known_levels(every, last), **look)]
-    if any(math.isfinite(small_scales(entry)) for entry in every):
-        panels.append(cost_figure(arms, small_scales, "smallest scales' enstrophy ÷ truth", levels={"truth": 1.0}, **look))
-    return beside(*panels)
+    lines = _lines(arms, small_scales if scales else lambda e: crps_at(e, last), cost)
+    ylabel = "smallest scales' enstrophy ÷ truth" if scales else f"CRPS of u at {last:.3g}"
+    levels = {"truth": 1.0} if scales else known_levels(every, last)
+    return cost_panels(lines, ylabel, "ms of a member in a time unit" if timed else "evaluations in a time unit", levels, logy=scales) if lines else None
 
 # %% ../../nbs/study/16_steps.ipynb #081df2ac
 def against(
