@@ -81,10 +81,10 @@ chapters = ["02_train"]
 jobs = 2
 grid = { seed = [0, 1] }
 """
-POINT = """import os, sys, torch
+POINT = """import os, sys, threading, torch
+from turbvit_nb.lab.jobs import PARENT, outlive
+threading.Thread(target=outlive, args=(int(os.environ[PARENT]), threading.Event()), daemon=True).start()  # as turbvit run does
 from turbvit_nb.lab.runs import open_run
-if os.getppid() != int(os.environ["TURBVIT_PARENT"]):  # as turbvit run does: the sweep has been killed
-    sys.exit(1)
 run = open_run(sys.argv[1], "train", sys.argv[2:])
 run.save("best", {"seed": run.config.top.seed, "w": torch.ones(3)})
 run.finish()"""

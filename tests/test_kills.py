@@ -180,6 +180,14 @@ def test_killed_after_its_last_step(world, tmp_path):
     lives(world, "prune", home, {"kill": {"fsync": 21}})
 
 
+def test_killed_between_a_stage_and_its_line_in_the_log(world, tmp_path):
+    "The checkpoint of a stage of pruning is there, what is logged of it is not: it is logged when the job goes on."
+    home = world.begin("prune", tmp_path)
+    assert world.server.life("prune", home, world.data, kill={"write": 14})["code"] == -9
+    assert list((home / "r/checkpoints").glob("prune1_remaining_*.tar")) and not read_metrics(home / "r", prune_stage=1)
+    lives(world, "prune", home)
+
+
 SAME_INSTANT = """
 import sys, time
 from turbvit_nb.lab.runs import open_run

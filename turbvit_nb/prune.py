@@ -40,7 +40,7 @@ from .lab.files import read_checkpoint
 from .lab.learner import EMA, Callback
 from .lab.progress import note
 from .lab.ranks import first_alone
-from .lab.runs import Run, seed_everything
+from .lab.runs import Run, read_metrics, seed_everything
 from .lab.training import restored_optimizer
 from .model import Emulator, losses
 from turbvit_nb.train import (
@@ -274,7 +274,7 @@ def take(
     pruning: Pruning,  # changed
     step: Step,
 ) -> None:
-    "One stage, saved and logged."
+    "One stage, saved."
     row = {"stage": step.index, "epochs": step.epochs} | self.mask(pruning, step)
     share = f"{pruning.percent:.1f} % of the prunable weights remain"
     note(f"stage {step.index}: {share}; {self.wanted.retraining} for {step.epochs} epochs")
@@ -283,8 +283,6 @@ def take(
     row |= {"percent": pruning.percent, "density": pruning.masks.density()} | self.beside(pruning)
     pruning.rows = [*pruning.rows, row | pruning.cost() | {"name": pruning.identity.name}]
     save(self.run, pruning.identity, pruning.state())
-    scores = {key: row[key] for key in ("percent", "pruned", "finetuned")}
-    self.run.log(prune_stage=step.index, **scores)
 
 
 @patch
@@ -293,7 +291,9 @@ def tidy(
     pruning: Pruning,
     step: Step,  # done
 ) -> None:
-    "Save the small model where it is missing; remove what the finetuning kept for a resume."
+    "Log the stage and save the small model where that is missing: a job may have died in between; remove what the finetuning kept for a resume."
+    if not read_metrics(self.run.path, prune_stage=step.index):
+        self.run.log(prune_stage=step.index, **{key: pruning.rows[-1][key] for key in ("percent", "pruned", "finetuned")})
     small = self.shrink(pruning)
     if small and not self.run.has(small.identity.name):
         save(self.run, small.identity, small.state())
