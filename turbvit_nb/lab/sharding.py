@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .ranks import meet, ranks
 
@@ -25,14 +22,16 @@ def spread_like(
     other: Tensor,  # of its shape
 ) -> Tensor:
     "The value, where the other is: on its device, and spread over the ranks as it is."
-    if not isinstance(other, DTensor):
+    if not hasattr(other, "device_mesh"):
         return value.to(other.device)
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
 
 
 def own_slice(value: Tensor) -> Tensor:  # shares its memory
     "What this rank holds of a tensor: its slice, or all where it is not spread."
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def spread(
@@ -42,6 +41,9 @@ def spread(
     device: torch.device,  # that computes
 ) -> None:
     "Spread the weights of a network, and the moments of its optimizer, over the ranks of the job."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody changes it in place
     before, mesh = dict(network.named_parameters()), init_device_mesh(device.type, (meet().world,))
     for part in [*parts, network]:
@@ -57,7 +59,7 @@ def spread(
 @contextmanager
 def in_one_piece(network: nn.Module) -> Iterator[None]:
     "The weights whole on every rank, inside the `with`; where they are not spread, nothing."
-    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    units = [module for module in network.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -81,7 +83,7 @@ def gathered(
             return {name: whole(one) for name, one in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(map(whole, value))
-        if not isinstance(value, DTensor):
+        if not hasattr(value, "full_tensor"):
             return value
         if id(value) not in known:
             full = value.full_tensor()
