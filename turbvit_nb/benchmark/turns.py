@@ -23,11 +23,16 @@ def _again(job: Callable[[], object], times: int) -> None:
         job()
 
 
-def _spent(job: Callable[[], object], clock: Callable[[], float]) -> float:
-    "Seconds of one call."
-    start = clock()
-    job()
-    return clock() - start
+def _times(job: Callable[[], object], turn: float, clock: Callable[[], float]) -> int:
+    "How many calls take a turn at least: more and more of them, until they do."
+    times = 1
+    while True:
+        start = clock()
+        _again(job, times)
+        seconds = clock() - start
+        if seconds >= turn:
+            return times
+        times = math.ceil(times * min(10.0, 1.2 * turn / max(seconds, 1e-9)))
 
 
 def take_turns(
@@ -39,8 +44,7 @@ def take_turns(
     "The time of a call of every job in every round, the jobs taking turns."
     for job in jobs.values():  # compile, allocate, fill caches
         job()
-    once = {name: _spent(job, clock) for name, job in jobs.items()}
-    times = {name: max(1, math.ceil(turn / max(s, 1e-9))) for name, s in once.items()}
+    times = {name: _times(job, turn, clock) for name, job in jobs.items()}
     turns = {name: lambda name=name: _again(jobs[name], times[name]) for name in jobs}
     found = interleaved(turns, rounds, warmup=1, clock=clock)
     return {name: ms / 1e3 / times[name] for name, ms in found.items()}
