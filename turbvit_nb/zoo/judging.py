@@ -17,7 +17,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.model_selection import GroupKFold, KFold
 from threadpoolctl import threadpool_limits
 
-from ..lab import tables
+from ..lab import plots, tables
 from ..lab.config import LabError
 from ..lab.progress import progress
 from .rankers import Foresight, Ranker
