@@ -355,7 +355,7 @@ def test_checkpoint_that_is_no_checkpoint_is_one_line(place, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- whole jobs
-def wait_for(condition, seconds: float = 180) -> None:
+def wait_for(condition, seconds: float = 600) -> None:
     "Look every tenth of a second."
     deadline = time.monotonic() + seconds
     while not condition():

@@ -197,7 +197,7 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
     assert not folder.exists()
     said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.001")
     assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
-    wait_for(lambda: state_of(folder, "inference") == "done", 300)
+    wait_for(lambda: state_of(folder, "inference") == "done", 900)
     rows = read_metrics(folder, stage="train")
     assert stages(folder)["train"]["state"] == "done" and [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
@@ -218,7 +218,7 @@ def test_a_sweep_is_an_array(site, tmp_path):
     assert len(said.splitlines()) == 1 and "study-1.sh" in said
     assert (tmp_path / "runs/study/queue/study-1.runs").read_text() == "study/0\nstudy/1\n"
     folders = [tmp_path / "runs" / f"study/{seed}" for seed in (0, 1)]
-    wait_for(lambda: all(state_of(folder, "train") == "done" for folder in folders), 300)
+    wait_for(lambda: all(state_of(folder, "train") == "done" for folder in folders), 900)
     assert all((folder / "ranks" / "02_train.rank1.log").exists() for folder in folders)
 
 
@@ -229,7 +229,7 @@ def test_a_training_on_two_nodes(site, tmp_path):
         file.write("[stages.train]\nnodes = 2\n")
     folder = tmp_path / "runs" / "it's one"
     turbvit("submit", "one.toml", "--stages", f"{tmp_path}/02_train.ipynb", "--set", "training.max_hours=0.0015")
-    wait_for(lambda: state_of(folder, "train") == "done" and (folder / "02_train.html").exists(), 300)
+    wait_for(lambda: state_of(folder, "train") == "done" and (folder / "02_train.html").exists(), 900)
     rows = read_metrics(folder, stage="train")
     assert [row["epoch"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in (folder / "ranks").glob("*.log")] == ["02_train.rank1.log"]

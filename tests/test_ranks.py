@@ -212,7 +212,7 @@ def test_a_chapter_in_two_processes(chapter, done, way):
 
 def waited_for(path: Path, text: str, process: subprocess.Popen) -> str:
     "What a log holds once it holds `text`."
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if path.is_file() and text in (said := path.read_text()):
             return said
