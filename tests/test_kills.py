@@ -146,7 +146,7 @@ def killed(ends: list[dict]) -> int:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("round", range(12))
+@pytest.mark.parametrize("round", range(24))
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_again_and_again(name, round, world, tmp_path, record_property):
     "What is random is random; the message of a failure says how it died."
@@ -155,7 +155,7 @@ def test_killed_again_and_again(name, round, world, tmp_path, record_property):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("round", range(12))
+@pytest.mark.parametrize("round", range(24))
 def test_generation_killed_again_and_again(round, world, tmp_path, record_property):
     deaths = some_deaths(world.made)
     ends = [world.server.life("generate", tmp_path, tmp_path / "data", **how) for how in [*deaths, {}]]
