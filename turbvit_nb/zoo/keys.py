@@ -33,7 +33,8 @@ class ZooConfig(Section):
 
     probe_frames: int = Field(16, ge=1)  # frames that a probe starts from
     probe_steps: int = Field(5, ge=1)  # steps that it makes
-    short_run: int = Field(60, ge=2)  # steps of the short free run
+    short_run: int = Field(60, ge=2)  # steps of the short free runs
+    short_runs: int = Field(8, ge=1)  # how many of them there are, from frames of the probe
 
     model_folds: int = Field(4, ge=2)  # parts of the families, each held out in turn when rankers are judged
     flow_folds: int = Field(3, ge=2)  # parts of the flows
@@ -43,7 +44,7 @@ class ZooConfig(Section):
     @property
     def how(self) -> dict:
         "What a measurement depends on."
-        return self.model_dump(include={"starts", "leads", "free_runs", "free_frames", "repeats", "probe_frames", "probe_steps", "short_run"})
+        return self.model_dump(include={"starts", "leads", "free_runs", "free_frames", "repeats", "probe_frames", "probe_steps", "short_run", "short_runs"})
 
     @model_validator(mode="after")
     def _check(self):

@@ -205,7 +205,7 @@ def probe(
     steps = max(1, min(settings.probe_steps, max(settings.leads) // step))
     leads = tuple(step * n for n in range(1, steps + 1))
     x, cond, truth = _starts(flow, _joined([starts]), emulator.fields, emulator.num_frames, step, leads)
-    few = slice(None, None, max(1, len(x) // settings.free_runs))
+    few = slice(None, None, max(1, len(x) // settings.short_runs))
     numbers = run_numbers(velocities(emulator, x[few], cond[few], settings.short_run), settings.short_run)
     seen, evidence = probe_features(velocities(emulator, x, cond, steps), truth), step_evidence(emulator, x, cond, truth[:, :, 0])
     seen |= {} if evidence is None else {"log evidence": evidence}

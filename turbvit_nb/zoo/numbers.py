@@ -99,22 +99,30 @@ def _decades(found: Tensor, wanted: Tensor | float) -> Tensor:
     return (found / wanted).clamp(10.0**-_LARGEST, 10.0**_LARGEST).log10()
 
 
+def _jets(means: Mapping[str, Tensor]) -> Tensor:
+    "Energy of the jets, with the part of all energy below which nobody calls them jets."
+    return means["jets"] + 0.1 * means["energy"]
+
+
+def _distances(
+    means: Mapping[str, Tensor],  # of the numbers of states, over time: (…, shells) or (…)
+    climate: Climate,
+) -> tuple[Tensor, Tensor, Tensor]:  # of spectrum, energy and jets, (…), decades
+    "How far means are from the flow's own."
+    shells = slice(1, (len(climate.spectrum) - 1) * 2 // 3 + 1)  # up to a third of the points per side
+    spectrum = _decades(means["spectrum"][..., shells], torch.from_numpy(climate.spectrum)[shells]).square().mean(-1).sqrt()
+    return spectrum, _decades(means["energy"], climate.energy).abs(), _decades(_jets(means), _jets(vars(climate))).abs()
+
+
 def free_runs(
     numbers: Mapping[str, Tensor],  # of `run_numbers`
     climate: Climate,
 ) -> list[FreeRun]:
     "How far the climate of each run is from the flow's own."
     steps, sound = numbers["enstrophy"].shape[1], last_sound(numbers, climate)
-    means = {name: value[:, steps // 2 :].mean(1) for name, value in numbers.items()}
-    shells = slice(1, (len(climate.spectrum) - 1) * 2 // 3 + 1)  # up to a third of the points per side
-    spectrum = _decades(means["spectrum"][:, shells], torch.from_numpy(climate.spectrum)[shells]).square().mean(1).sqrt()
-    jets = lambda jets, energy: jets + 0.1 * energy
-    energy = _decades(means["energy"], climate.energy).abs()
-    band = _decades(jets(means["jets"], means["energy"]), jets(climate.jets, climate.energy)).abs()
-    distance = (spectrum**2 + energy**2 + band**2).sqrt()
-    ended = sound < steps
-    distance = torch.where(ended, BLOWN + 1 - sound / steps, distance)
-    return [FreeRun(*map(float, parts)) for parts in zip(distance, sound / steps, spectrum, energy, band)]
+    parts = _distances({name: value[:, steps // 2 :].mean(1) for name, value in numbers.items()}, climate)
+    distance = torch.where(sound < steps, BLOWN + 1 - sound / steps, torch.stack(parts).square().sum(0).sqrt())
+    return [FreeRun(*map(float, values)) for values in zip(distance, sound / steps, *parts)]
 
 # %% ../../nbs/zoo/03_numbers.ipynb #ef68b9a9
 BANDS = ((1, 2), (3, 5), (6, 10), (11, 21), (22, 32))  # first and last shell; those that a grid does not have are empty
@@ -160,14 +168,30 @@ def short_run_features(
     numbers: Mapping[str, Tensor],  # of `run_numbers`
     climate: Climate,
 ) -> dict[str, float]:
-    "Gains by band at the end and in the last third, the largest enstrophy, how much of it was sound, and the distance of its climate."
-    steps, sound = numbers["enstrophy"].shape[1], last_sound(numbers, climate)
-    wanted = band_sums(torch.from_numpy(climate.spectrum))
-    late = _log_ratio(band_sums(numbers["spectrum"][:, -(steps // 3 or 1) :].mean(1)), wanted).mean(0)
-    found = {f"late gain {low}–{high}": float(g) for (low, high), g in zip(BANDS, late)}
-    most = _log_ratio(numbers["enstrophy"].nan_to_num(math.inf).amax(1), torch.tensor(climate.enstrophy)).mean()
-    runs = free_runs(numbers, climate)
-    return found | {
-        "log largest enstrophy": float(most), "log energy": float(_log_ratio(numbers["energy"][:, -1], torch.tensor(climate.energy)).mean()),
-        "sound": float(sound.double().mean() / steps), "log distance": math.log10(np.mean([run.distance for run in runs]) + 1e-3),
+    "Gains, where they are heading, how much of the runs was sound, and how far their climate is: of each, and of the mean over all."
+    steps = numbers["enstrophy"].shape[1]
+    third = max(1, steps // 3)
+    over = lambda first, last=None: {name: value[:, first:last].mean(1) for name, value in numbers.items()}
+    middle, late, end, wanted = over(-2 * third, -third), over(-third), over(-1), vars(climate)
+    gain = lambda found, wanted: _log_ratio(found, torch.as_tensor(wanted)).mean(0)
+    gains = [gain(band_sums(part["spectrum"]), band_sums(torch.from_numpy(climate.spectrum))) for part in (middle, late)]
+    found = {f"{when} {low}–{high}": float(g) for when, bands in zip(("middle gain", "late gain", "trend"), (*gains, gains[1] - gains[0])) for (low, high), g in zip(BANDS, bands)}
+    found |= {
+        "log largest enstrophy": float(gain(numbers["enstrophy"].nan_to_num(math.inf).amax(1), climate.enstrophy)),
+        "log growth of enstrophy": float(gain(end["enstrophy"], numbers["enstrophy"][:, -third])),
+        "log energy": float(gain(end["energy"], climate.energy)), "log jets": float(gain(_jets(late), _jets(wanted))),
+        "sound": float(last_sound(numbers, climate).double().mean() / steps),
     }
+    return found | _how_far(free_runs(numbers, climate), _distances({name: value.mean(0) for name, value in late.items()}, climate))
+
+
+def _how_far(
+    runs: Sequence[FreeRun],
+    mean: Sequence[Tensor],  # distances of the mean over all: spectrum, energy, jets
+) -> dict[str, float]:
+    "Distances as logarithms; what is not finite is as far as a part can be."
+    parts = [np.nan_to_num([getattr(run, name) for run in runs], nan=_LARGEST).mean() for name in ("spectrum", "energy", "jets")]
+    mean = np.nan_to_num(list(map(float, mean)), nan=_LARGEST)
+    names = ("distance", *(f"{of} of {what}" for of in ("distance", "mean's distance") for what in ("spectrum", "energy", "jets")), "mean's distance")
+    values = (np.mean([run.distance for run in runs]), *parts, *mean, np.linalg.norm(mean))
+    return {f"log {name}": math.log10(value + 1e-3) for name, value in zip(names, values)}

@@ -7,6 +7,7 @@ __all__ = ['Score', 'SCORES', 'SCORE_TITLES', 'HIGHER', 'RANGES', 'weighted_tau'
 
 # %% ../../nbs/zoo/08_scores.ipynb #047274bd
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -121,10 +122,10 @@ def _deviation(labels: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/zoo/08_scores.ipynb #c8445c81
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # predicted and labels, (M, R) each → (R,)
-SCORES: dict[str, Score] = {"weighted_tau": weighted_tau, "spearman": spearman, "ndcg": ndcg, "regret": regret}
-SCORE_TITLES = {"weighted_tau": "weighted τ", "spearman": "Spearman's ρ", "ndcg": "NDCG@5", "regret": "regret@1 (range)", "auc": "AUC", "brier": "Brier score"}
-HIGHER = {"weighted_tau": True, "spearman": True, "ndcg": True, "regret": False, "auc": True, "brier": False}  # whether more is better
-RANGES = {"weighted_tau": (-1, 1), "spearman": (-1, 1), "ndcg": (0, 1), "regret": (0, 2), "auc": (0, 1), "brier": (0, 1)}  # what a score can be; a blow-up is one range below the worst
+SCORES: dict[str, Score] = {"weighted_tau": weighted_tau, "spearman": spearman, "ndcg": ndcg, "regret": regret, "loss": partial(regret, unit="label")}
+SCORE_TITLES = {"weighted_tau": "weighted τ", "spearman": "Spearman's ρ", "ndcg": "NDCG@5", "regret": "regret@1 (range)", "loss": "regret@1 (ACC; decades)", "auc": "AUC", "brier": "Brier score"}
+HIGHER = {"weighted_tau": True, "spearman": True, "ndcg": True, "regret": False, "loss": False, "auc": True, "brier": False}  # whether more is better
+RANGES = {"weighted_tau": (-1, 1), "spearman": (-1, 1), "ndcg": (0, 1), "regret": (0, 2), "loss": (0, np.inf), "auc": (0, 1), "brier": (0, 1)}  # what a score can be; a blow-up is one range below the worst
 
 # %% ../../nbs/zoo/08_scores.ipynb #995ebd8e
 def over_splits(
