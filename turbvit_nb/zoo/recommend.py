@@ -556,7 +556,7 @@ def shown(
     title = "mean ACC of u" if wish == "forecast" else "distance of the climate"
     rows = []
     for place, one in enumerate(answer, start=1):
-        ends = sorted((sign * one.low, sign * one.high))
+        ends = sorted((sign * one.low + 0.0, sign * one.high + 0.0))  # + 0: not −0.00
         row = {"": place, "model": one.model.name, title: f"{sign * one.expected:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"}
         if one.here is not None and not math.isnan(one.here):
             row["measured in this flow"] = "blown up" if math.isinf(one.here) else f"{sign * one.here:.2f}"
