@@ -311,7 +311,7 @@ def in_time(
 ) -> list[Model]:
     "The first of the models, as many as can be tried in that time, or a few."
     settings = zoo.settings
-    states = settings.probe_frames * settings.probe_steps + settings.short_runs * settings.short_run
+    states = settings.probe_frames * settings.probe_steps + min(settings.short_runs, settings.probe_frames) * settings.short_run
     seconds = np.cumsum([costs[model.key][BUDGETS["ms"]] * model.step * model.ahead * states / 1e3 for model in models])
     return list(models[: max(least, int((seconds <= patience).sum()))])
 
