@@ -171,15 +171,15 @@ def short_run_features(
     "Gains, where they are heading, how much of the runs was sound, and how far their climate is: of each, and of the mean over all."
     steps = numbers["enstrophy"].shape[1]
     third = max(1, steps // 3)
-    over = lambda first, last=None: {name: value[:, first:last].mean(1) for name, value in numbers.items()}
-    middle, late, end, wanted = over(-2 * third, -third), over(-third), over(-1), vars(climate)
+    late, wanted = {name: value[:, -third:].mean(1) for name, value in numbers.items()}, vars(climate)
     gain = lambda found, wanted: _log_ratio(found, torch.as_tensor(wanted)).mean(0)
-    gains = [gain(band_sums(part["spectrum"]), band_sums(torch.from_numpy(climate.spectrum))) for part in (middle, late)]
+    middle = numbers["spectrum"][:, -2 * third : -third].mean(1)
+    gains = [gain(band_sums(spectrum), band_sums(torch.from_numpy(climate.spectrum))) for spectrum in (middle, late["spectrum"])]
     found = {f"{when} {low}–{high}": float(g) for when, bands in zip(("middle gain", "late gain", "trend"), (*gains, gains[1] - gains[0])) for (low, high), g in zip(BANDS, bands)}
     found |= {
         "log largest enstrophy": float(gain(numbers["enstrophy"].nan_to_num(math.inf).amax(1), climate.enstrophy)),
-        "log growth of enstrophy": float(gain(end["enstrophy"], numbers["enstrophy"][:, -third])),
-        "log energy": float(gain(end["energy"], climate.energy)), "log jets": float(gain(_jets(late), _jets(wanted))),
+        "log growth of enstrophy": float(gain(numbers["enstrophy"][:, -1], numbers["enstrophy"][:, -third])),
+        "log energy": float(gain(numbers["energy"][:, -1], climate.energy)), "log jets": float(gain(_jets(late), _jets(wanted))),
         "sound": float(last_sound(numbers, climate).double().mean() / steps),
     }
     return found | _how_far(free_runs(numbers, climate), _distances({name: value.mean(0) for name, value in late.items()}, climate))
@@ -190,8 +190,9 @@ def _how_far(
     mean: Sequence[Tensor],  # distances of the mean over all: spectrum, energy, jets
 ) -> dict[str, float]:
     "Distances as logarithms; what is not finite is as far as a part can be."
-    parts = [np.nan_to_num([getattr(run, name) for run in runs], nan=_LARGEST).mean() for name in ("spectrum", "energy", "jets")]
     mean = np.nan_to_num(list(map(float, mean)), nan=_LARGEST)
-    names = ("distance", *(f"{of} of {what}" for of in ("distance", "mean's distance") for what in ("spectrum", "energy", "jets")), "mean's distance")
-    values = (np.mean([run.distance for run in runs]), *parts, *mean, np.linalg.norm(mean))
-    return {f"log {name}": math.log10(value + 1e-3) for name, value in zip(names, values)}
+    found = {"distance": np.mean([run.distance for run in runs]), "mean's distance": np.linalg.norm(mean)}
+    for what, far in zip(("spectrum", "energy", "jets"), mean):
+        found[f"distance of {what}"] = np.nan_to_num([getattr(run, what) for run in runs], nan=_LARGEST).mean()
+        found[f"mean's distance of {what}"] = far
+    return {f"log {name}": math.log10(far + 1e-3) for name, far in found.items()}
