@@ -111,12 +111,15 @@ def noise(
 def evaluating(model: nn.Module) -> Iterator[None]:
     "Evaluation mode without gradients inside the `with`."
     training = model.training
-    model.eval()
+    there = not any(module.training for module in model.modules())  # a rollout asks at every step, and to say it to every layer takes a while
+    if not there:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        if not there:
+            model.train(training)
 
 
 def states(

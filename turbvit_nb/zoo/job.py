@@ -21,7 +21,7 @@ from .judging import Split, chosen, judge, judge_foresight, splits, with_interva
 from .listwise import ListConfig, ListRanker
 from .measures import Zoo, index_zoo, measure_zoo, practice_runs
 from .rankers import Ranker, Repeated, ridge
-from .recommend import BUDGETS, LISTS, RANKERS, UNTRIED, keep_rankers, keep_weights, latencies, table_of
+from .recommend import BUDGETS, LISTS, PROBED, RANKERS, UNTRIED, keep_rankers, keep_weights, latencies, table_of
 from .table import WISHES, Table
 
 # %% ../../nbs/15_zoo.ipynb #b7b96b44
@@ -81,7 +81,8 @@ def foreseen_zoo(run: Run, table: Table) -> xr.Dataset:
 
 def decide(run: Run, zoo: Zoo, table: Table, judged: xr.Dataset, foreseen: xr.Dataset) -> dict[str, dict[str, str]]:
     "Who answers from now on, by wish and for blow-ups: the simplest that is not shown to be behind the best in a new flow, of known and of new models; kept in the zoo and in the run."
-    told = {wish: {"tried": chosen(judged, wish, among=[*RANKERS, *LISTS]), "untried": chosen(judged, wish, among=UNTRIED)} for wish in WISHES}
+    may = {"tried": (*RANKERS, *LISTS), "probed": PROBED, "untried": UNTRIED}
+    told = {wish: {how: chosen(judged, wish, among=names) for how, names in may.items()} for wish in WISHES}
     keep_rankers(zoo, table, [name for names in told.values() for name in names.values()], **(FEW if run.config.section("zoo").practice else {}))
     ask = lambda among: chosen(foreseen, "blow-up", among=among, score="brier")
     areas = with_interval(foreseen, "auc").sel(wish="blow-up", quadrant="new flow")

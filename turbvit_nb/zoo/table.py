@@ -241,6 +241,7 @@ def _over_tokens(tokens: np.ndarray) -> np.ndarray:
 def design(
     table: Table,  # standardised
     sees: Sequence[str],  # of `FEATURES` and "weights"
+    compared: bool = True,  # probes and free runs also against those of the other models of the table
 ) -> np.ndarray:  # (M, R, K)
     "What may be known of each model in each flow, side by side. Raises `LabError` for a block that is not there."
     many, parts = (len(table.models), len(table.flows)), []
@@ -249,7 +250,7 @@ def design(
             raise LabError(f"the zoo's table has no {block}; a ranker sees {', '.join(FEATURES)} and weights")
         values = getattr(table, block)
         if block in ("probes", "free"):
-            parts += [values, values - np.median(values, 0), normal_scores(values)]
+            parts += [values, values - np.median(values, 0), normal_scores(values)] if compared else [values]
             continue
         values = _over_tokens(values) if block == "weights" else values
         values = values[None] if block == "flow_features" else values[:, None]
