@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CEILING', 'FEW', 'run_zoo', 'whole_table', 'candidates', 'parted', 'judged_zoo', 'foreseen_zoo', 'decide',
-           'best_learner', 'pareto']
+           'best_learner', 'narrowings', 'narrowed_zoo', 'pareto']
 
 # %% ../../nbs/15_zoo.ipynb #b8f61d9c
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
@@ -20,7 +21,7 @@ from .blowups import FORESIGHT, UNSEEN
 from .judging import Split, chosen, judge, judge_foresight, splits, with_interval
 from .listwise import ListConfig, ListRanker
 from .measures import Zoo, index_zoo, measure_zoo, practice_runs
-from .rankers import Ranker, Repeated, ridge
+from .rankers import Narrowed, Ranker, Repeated, ridge
 from .recommend import BUDGETS, LISTS, PROBED, RANKERS, UNTRIED, keep_rankers, keep_weights, latencies, table_of
 from .table import WISHES, Table
 
@@ -97,6 +98,27 @@ def best_learner(judged: xr.Dataset, wish: str, quadrant: str = "both new") -> s
     "What learns and has the largest weighted τ."
     names = [name for name in judged.ranker.values if "," in str(name)]
     return str(names[int(np.nanargmax(judged.weighted_tau.sel(ranker=names, wish=wish, quadrant=quadrant).mean("split").values))])
+
+# %% ../../nbs/15_zoo.ipynb #ea11d011
+def narrowings(told: Mapping[str, str], practice: bool = False) -> dict[str, Callable[[], Ranker]]:
+    "Ways to a quick answer, by name; those who are asked are of one wish, see `decide`."
+    make = candidates(practice)
+    way = lambda *stages: lambda: Narrowed([(many, make[told[how]]()) for how, many in (("untried", None), *stages)])
+    return {
+        "nothing tried": way(), "free runs of 5": way(("tried", 5)), "few steps of 8": way(("probed", 8)), "few steps of 24": way(("probed", 24)),
+        "few steps of 8, free runs of 3": way(("probed", 8), ("tried", 3)), "few steps of 24, free runs of 5": way(("probed", 24), ("tried", 5)),
+        "free runs of all": way(("tried", None)),
+    }
+
+
+def narrowed_zoo(run: Run, table: Table, told: Mapping[str, Mapping[str, str]]) -> dict[str, xr.Dataset]:
+    "What is lost by trying some models only, by wish; kept as quick_forecast.nc and quick_climate.nc."
+    made = {}
+    for wish in WISHES:
+        one = replace(table, labels={wish: table.labels[wish]}, repeated={})
+        made[wish] = judge(one, narrowings(told[wish], run.config.section("zoo").practice), parted(run, table))
+        write_netcdf(made[wish], run.path / f"quick_{wish}.nc")
+    return made
 
 # %% ../../nbs/15_zoo.ipynb #afb99a0c
 def pareto(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'SCALES', 'LEADING', 'LENGTH', 'Ranker', 'Foresight', 'MeanRank', 'NearestFlow', 'Measured', 'Repeated',
            'Cells', 'held_out', 'KindRidge', 'leading', 'WeightCode', 'Plain', 'ridge', 'boosting', 'random_trees',
-           'trees']
+           'trees', 'Narrowed']
 
 # %% ../../nbs/zoo/10_rankers.ipynb #73a2cd9d
 from collections.abc import Callable, Sequence
@@ -303,3 +303,27 @@ def random_trees(many: int = 100) -> ExtraTreesRegressor:
 def trees(*sees: str) -> Plain:
     "The mean of a hundred such trees."
     return Plain(lambda cells: random_trees(), sees)
+
+# %% ../../nbs/zoo/10_rankers.ipynb #ea11d002
+@dataclass
+class Narrowed:
+    "Rankers of which each orders anew the first of those that the one before has ordered."
+
+    stages: Sequence[tuple[int | None, Ranker]]  # how many each of them sees, at most; None: all
+
+    def fit(self, table: Table) -> Self:
+        for _, ranker in self.stages:
+            ranker.fit(table)
+        return self
+
+    def predict(self, table: Table) -> dict[str, np.ndarray]:
+        "Minus the place in the last order, flow by flow."
+        made = {wish: np.empty((len(table.models), len(table.flows))) for wish in table.labels}
+        for wish, scores in made.items():
+            for r in range(len(table.flows)):
+                order = np.arange(len(table.models))
+                for many, ranker in self.stages:
+                    first = order[:many]
+                    order[:many] = first[np.argsort(-ranker.predict(table.rows(first, [r]))[wish][:, 0], kind="stable")]
+                scores[order, r] = -np.arange(len(order))
+        return made
