@@ -201,11 +201,6 @@ def _job(
     console.print(f"{took}: {escape(nice(report.done))} and .html")
 
 # %% ../nbs/cli.ipynb #25ba4387
-def _cores() -> int:
-    "The cores that this process may use."
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-
-
 def nice(path: Path) -> str:
     "The path relative to the working directory where it is below it."
     path = Path(path).absolute()
@@ -448,6 +443,7 @@ def sweep(
 
     What is done already is kept; a sweep that was stopped or killed goes on. A run that fails stops no other.
     """
+    from turbvit_nb.lab.config import cores
     from turbvit_nb.lab.sweeping import Sweeping, beside, check_sweep, choose, count, look, table, turbvit, vanished, watch
     from turbvit_nb.lab.sweeps import read_sweep
 
@@ -456,7 +452,7 @@ def sweep(
         return beside(study, only or "", lambda task, line: console.print(line, markup=False, soft_wrap=True), nproc)
     cells, chosen = look(study), choose(study, only, first)
     check_sweep(study, cells)
-    slots = jobs or study.config.jobs or max(_cores() // (study.config.threads * nproc), 1)
+    slots = jobs or study.config.jobs or max(cores() // (study.config.threads * nproc), 1)
     picked = [task for task in cells if task.name in chosen]
     console.print(_grid(table(study, cells)))
     for run in vanished(study):
@@ -714,7 +710,7 @@ def demo(
     What is done already is kept; a demo that was stopped goes on.
     """
     from turbvit_nb.demo import demo_data, demo_movie, demo_run, demo_step, demo_table
-    from turbvit_nb.lab.config import find_config, load_config, run_folder
+    from turbvit_nb.lab.config import cores, find_config, load_config, run_folder
     from turbvit_nb.lab.demo import clear_demo
 
     configs = find_config("configs/demo/smoke" if smoke else "configs/demo")
@@ -723,7 +719,7 @@ def demo(
     folder = run_folder(load_config(configs / "vit.toml").top.output_dir)
     begin = time.monotonic()
     demo_step(console, "data: the built-in solver", lambda: demo_data(configs / "vit.toml"))
-    demo_run(console, configs, _cores())
+    demo_run(console, configs, cores())
     demo_step(console, "a moving picture", lambda: demo_movie(folder))
     console.print(demo_table(configs))
     console.print(f"\n{time.monotonic() - begin:.0f} s in all. To look at:")

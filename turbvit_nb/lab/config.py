@@ -6,7 +6,7 @@
 __all__ = ['Kept', 'Own', 'Below', 'plain_line', 'LabError', 'disk_trouble', 'is_users', 'in_one_line', 'load_ipython_extension',
            'hint', 'Section', 'root', 'nbs_dir', 'runs_dir', 'as_path', 'data_path', 'run_folder', 'named_file',
            'needed_file', 'find_config', 'read_toml', 'Top', 'registry', 'ours', 'schemas', 'schema', 'Config',
-           'load_config', 'code_version', 'versions', 'examples', 'copy_example', 'parameters_of']
+           'load_config', 'cores', 'code_version', 'versions', 'examples', 'copy_example', 'parameters_of']
 
 # %% ../../nbs/lab/00_config.ipynb #f51763b5
 import errno
@@ -500,6 +500,11 @@ def load_config(
     for text in overrides:
         _override(data, text)
     return Config(data, path)
+
+# %% ../../nbs/lab/00_config.ipynb #c0e50002
+def cores() -> int:
+    "The cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # %% ../../nbs/lab/00_config.ipynb #fb17422f
 @cache

@@ -8,7 +8,7 @@ __all__ = ['CEILING', 'FEW', 'run_zoo', 'whole_table', 'candidates', 'parted', '
 
 # %% ../../nbs/15_zoo.ipynb #b8f61d9c
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 import xarray as xr
@@ -103,7 +103,8 @@ def best_learner(judged: xr.Dataset, wish: str, quadrant: str = "both new") -> s
 def narrowings(told: Mapping[str, str], practice: bool = False) -> dict[str, Callable[[], Ranker]]:
     "Ways to a quick answer, by name; those who are asked are of one wish, see `decide`."
     make = candidates(practice)
-    way = lambda *stages: lambda: Narrowed([(many, make[told[how]]()) for how, many in (("untried", None), *stages)])
+    fit = lru_cache(maxsize=3)(lambda how, table: make[told[how]]().fit(table))  # of a split, once for all ways
+    way = lambda *stages: lambda: Narrowed([(many, partial(fit, how)) for how, many in (("untried", None), *stages)])
     return {
         "nothing tried": way(), "free runs of 5": way(("tried", 5)), "few steps of 8": way(("probed", 8)), "few steps of 24": way(("probed", 24)),
         "few steps of 8, free runs of 3": way(("probed", 8), ("tried", 3)), "few steps of 24, free runs of 5": way(("probed", 24), ("tried", 5)),
@@ -115,8 +116,7 @@ def narrowed_zoo(run: Run, table: Table, told: Mapping[str, Mapping[str, str]]) 
     "What is lost by trying some models only, by wish; kept as quick_forecast.nc and quick_climate.nc."
     made = {}
     for wish in WISHES:
-        one = replace(table, labels={wish: table.labels[wish]}, repeated={})
-        made[wish] = judge(one, narrowings(told[wish], run.config.section("zoo").practice), parted(run, table))
+        made[wish] = judge(table.wishing(wish), narrowings(told[wish], run.config.section("zoo").practice), parted(run, table))
         write_netcdf(made[wish], run.path / f"quick_{wish}.nc")
     return made
 

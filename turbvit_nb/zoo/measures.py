@@ -30,7 +30,7 @@ from ..data.generate import GenerateConfig, generate
 from ..emulators.files import emulator_state, load_emulator
 from ..emulators.kinds import Kind
 from ..lab.checkpoints import Identity, as_state
-from ..lab.config import LabError, as_path, load_config, runs_dir
+from ..lab.config import LabError, as_path, cores, load_config, runs_dir
 from ..lab.files import Lock, atomic, earlier, read_arrays, read_json, write_checkpoint, write_json
 from ..lab.progress import note, progress
 from ..model import ModelConfig, Normaliser, create_emulator
@@ -325,7 +325,7 @@ def measure_zoo(
 ) -> int:  # pairs that were measured
     "Fill in the table, as far as it is not. What cannot be measured is named, and stops nothing."
     due, done = list(left(zoo)), 0
-    for trouble, count in progress(_one_by_one(zoo, due, jobs or os.cpu_count() or 1), total=len(due), desc="models measured"):
+    for trouble, count in progress(_one_by_one(zoo, due, jobs or cores()), total=len(due), desc="models measured"):
         done += count
         if trouble:
             note(trouble)

@@ -309,11 +309,10 @@ def trees(*sees: str) -> Plain:
 class Narrowed:
     "Rankers of which each orders anew the first of those that the one before has ordered."
 
-    stages: Sequence[tuple[int | None, Ranker]]  # how many each of them sees, at most; None: all
+    stages: Sequence[tuple[int | None, Callable[[Table], Ranker]]]  # how many each of them sees, at most (None: all), and what fits it
 
     def fit(self, table: Table) -> Self:
-        for _, ranker in self.stages:
-            ranker.fit(table)
+        self.rankers = [(many, fit(table)) for many, fit in self.stages]
         return self
 
     def predict(self, table: Table) -> dict[str, np.ndarray]:
@@ -322,7 +321,7 @@ class Narrowed:
         for wish, scores in made.items():
             for r in range(len(table.flows)):
                 order = np.arange(len(table.models))
-                for many, ranker in self.stages:
+                for many, ranker in self.rankers:
                     first = order[:many]
                     order[:many] = first[np.argsort(-ranker.predict(table.rows(first, [r]))[wish][:, 0], kind="stable")]
                 scores[order, r] = -np.arange(len(order))

@@ -172,6 +172,15 @@ def hidden(
     return replace(self, labels=gone(self.labels), repeated=gone(self.repeated), blown=self.blown & ~cells)
 
 
+@patch
+def wishing(
+    self: Table,
+    wish: str,
+) -> Table:
+    "The table with the labels of one wish only, and no repetition."
+    return replace(self, labels={wish: self.labels[wish]}, repeated={})
+
+
 def seen_cells(table: Table) -> np.ndarray:  # (M, R) bool
     "Which models were measured in which flow."
     return ~np.isnan(table.labels["climate"])
