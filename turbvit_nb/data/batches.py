@@ -24,7 +24,8 @@ from ..physics.symmetries import Symmetries
 def _ahead(dataset: FrameDataset, augment: Symmetries | Callable | None) -> int:
     "Batches to make ahead: of frames that have to be read and transformed, unless who transforms may look at the training."
     reads = isinstance(dataset, FrameDataset) and dataset.mode != "memory"
-    return 2 if reads and (augment is None or isinstance(augment, Symmetries)) else 0
+    cores = min(max(2, torch.get_num_threads()), 8)
+    return cores if reads and (augment is None or isinstance(augment, Symmetries)) else 0
 
 
 class Batches:
@@ -92,7 +93,7 @@ def epoch(
     if not self.prefetch:
         yield from (self.make(epoch, i, order) for i in numbers)
         return
-    with ThreadPoolExecutor(self.prefetch) as pool:
+    with ThreadPoolExecutor(self.prefetch, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # in that thread
         ahead = deque(pool.submit(self.make, epoch, i, order) for i in islice(numbers, self.prefetch))
         while ahead:
             batch = ahead.popleft().result()
