@@ -3,13 +3,15 @@
     python benchmarks/bench_batches.py                  # 64² and 256², two threads
     python benchmarks/bench_batches.py --sizes 64 --threads 1 --targets 4
 
-Frames are counted once per batch, as they are read and converted: the input and the target(s) of each sample. Memory is the
+Frames are counted once per batch, as they are read and converted: the input and the target(s) of each sample. What stays on the disk is made
+ahead by one thread and by as many as there may be, each on one core; what is in memory by the caller, on all of them. Memory is the
 resident set of the process at five points of one epoch over a packed store, whose frames stay on the disk.
 """
 import argparse
 import os
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,12 @@ from turbvit_nb.physics.symmetries import Symmetries
 TARGET = {64: 10_000, 256: 600}
 
 
-def rate(dataset, batch_size: int, seconds: float, augment=None) -> tuple[float, float]:
+def rate(dataset, batch_size: int, seconds: float, augment=None, prefetch: int | None = None) -> tuple[float, float]:
     "Samples and frames per second, the best of three."
     best = (0.0, 0.0)
     for epoch in range(3):
         samples = frames = 0
-        batches, start = Batches(dataset, batch_size, augment=augment, seed=epoch), time.perf_counter()
+        batches, start = Batches(dataset, batch_size, augment=augment, seed=epoch, prefetch=prefetch), time.perf_counter()
         for batch in batches.epoch(0):
             samples += len(batch["x"])
             numbers = dataset.frame[batch["index"]][:, None] + dataset.offsets
@@ -79,7 +81,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{args.threads} thread(s), batch {args.batch}, {args.targets} target(s), float32 store of {args.megabytes} MB in the page cache")
-    print(f"{'NX':>4} {'mode':>7} {'symmetries':>10} {'samples/s':>10} {'frames/s':>10} {'target':>7}")
+    print(f"{'NX':>4} {'mode':>7} {'symmetries':>10} {'ahead':>5} {'samples/s':>10} {'frames/s':>10} {'target':>7}")
     with tempfile.TemporaryDirectory() as tmp:
         memories = {}
         for NX in args.sizes:
@@ -88,9 +90,9 @@ def main():
             for mode in ("mmap", "memory"):
                 dataset = open_dataset(DatasetConfig(data_dir=str(path), frame_range=[[1, frames + 1 if mode == "mmap" else frames // 4]], mode=mode))
                 dataset.targets = args.targets
-                for augment in (None, Symmetries(dataset.regimes)):
-                    samples, read = rate(dataset, args.batch, args.seconds, augment)
-                    print(f"{NX:4d} {mode:>7} {'yes' if augment else 'no':>10} {samples:10.0f} {read:10.0f} {TARGET.get(NX, 0):7d}", flush=True)
+                for augment, ahead in product((None, Symmetries(dataset.regimes)), sorted({1, args.threads}) if mode == "mmap" else [0]):
+                    samples, read = rate(dataset, args.batch, args.seconds, augment, ahead)
+                    print(f"{NX:4d} {mode:>7} {'yes' if augment else 'no':>10} {ahead:5d} {samples:10.0f} {read:10.0f} {TARGET.get(NX, 0):7d}", flush=True)
                 if mode == "mmap":
                     memories[NX] = memory(dataset, args.batch)
                 del dataset
