@@ -25,7 +25,7 @@ demo: setup ## data, train, prune, roll out, analyse: minutes on two cores; resu
 
 test: setup notebooks-clean ## notebooks clean and exported, every notebook run, pytest
 	$(BIN)/python tools/notebooks.py
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 10 tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 40 tests
 
 soak: setup ## the tests that are too long for every commit
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 10 --soak -m soak tests
