@@ -25,7 +25,7 @@ from turbvit_nb.train import train
 
 class Slow(Callback):
     def after_batch(self, learner):
-        time.sleep(0.07)
+        time.sleep(0.1)
 
 
 run = open_run(config, "train", overrides)
@@ -195,7 +195,7 @@ def test_a_chain_with_a_walltime_stop(site, tmp_path):
     folder = tmp_path / "runs" / "it's one"
     assert "#SBATCH" in turbvit("submit", "one.toml", "--stages", names, "--dry-run") if site == "slurm" else True
     assert not folder.exists()
-    said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.001")
+    said = turbvit("submit", "one.toml", "--stages", names, "--set", "training.max_hours=0.0015")
     assert len(said.splitlines()) == 2 and "it_s_one-04_inference.sh" in said
     wait_for(lambda: state_of(folder, "inference") == "done", 900)
     rows = read_metrics(folder, stage="train")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import holoviews as hv
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..lab.plots import COLOURS, THRESHOLD
 from ..lab.tables import Table, interval_text
@@ -87,7 +87,8 @@ def plain_logs(aspect: float) -> Callable:
         axes.set_box_aspect(1 / aspect)
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                low, high = axis.get_view_interval()  # between near ones there may be none of 1, 2, 5
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
                 axis.set_major_formatter(FuncFormatter(text))
                 axis.set_minor_formatter(NullFormatter())
 
