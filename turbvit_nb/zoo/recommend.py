@@ -11,6 +11,7 @@ __all__ = ['GROUP', 'BUDGETS', 'SEES', 'RANKERS', 'LISTS', 'PROBED', 'UNTRIED', 
 
 # %% ../../nbs/zoo/14_recommend.ipynb #e2af2c80
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -455,7 +456,7 @@ class Recommended:
     free: Mapping[str, float]
     here: float | None  # what was measured of it in this very flow
     ranker: str
-    blowup: float  # the chance of a blow-up in a long run
+    blowup: float  # the chance of a blow-up in a long run; NaN where there was no time for the free run that tells it
     foresight: str  # who says so, and how well it has been judged
 
 
@@ -497,7 +498,7 @@ def recommend(
     shortlist: int = 24,  # contestants that make a few steps, at most
     count: int = 5,  # lines of the answer
     device: str = "cpu",
-    patience: float = 3.0,  # seconds that trying them may take, by their latencies: half of it for a few steps, half for free runs
+    patience: float = 4.0,  # seconds that trying them may take, half of it for a few steps, half for free runs
 ) -> list[Recommended]:  # the best first
     "Which models to take. Raises `LabError` for a wish that there is not, a budget nobody keeps to, or an empty zoo."
     if wish not in WISHES:
@@ -511,9 +512,10 @@ def recommend(
     if given.climate is not None:
         best, found, asked = _Tournament(zoo, table, given, costs, wish, count, device, patience / 2).best(models)
     if not best:
-        best, asked = models[:count], advice(zoo, table, wish, "untried", untried)
+        best, found, asked = models[:count], {}, advice(zoo, table, wish, "untried", untried)
     row = row_of(table, zoo, given, best, found)
-    told = np.array([*asked.expect(row), asked.blowups.predict(row)[:, 0]]).T
+    ran = np.array([bool(found.get(model.key, {}).get("free")) for model in best])  # without a run, who foresees blow-ups by runs is not asked
+    told = np.array([*asked.expect(row), np.where(ran | (not found), asked.blowups.predict(row)[:, 0], math.nan)]).T
     flow = table.flows.index(given.flow.name) if given.flow.name in table.flows else None
     here = lambda model: None if flow is None else float(table.labels[wish][table.models.index(model.name), flow])
     return [
@@ -538,27 +540,32 @@ class _Tournament:
 
     def best(self, models: Sequence[Model]) -> tuple[list[Model], dict, Advice]:  # nobody where the frames are too few
         "The best first, what all have shown, and who says so."
-        with ThreadPoolExecutor(cores() if self.device == "cpu" else 1) as pool:  # what is fitted need not wait for what is tried
-            narrowing = pool.submit(ONE_THREAD(who_answers), self.zoo, self.table, self.wish, "probed")
-            fitting = pool.submit(self._advice, narrowing)
-            models = self._each(pool, self._for_steps(models), "probe", "a few steps")
-            models, runs = self._for_runs(self._ordered(models, narrowing.result()[1]))
-            models = self._each(pool, models, "free", "short free runs", runs)
+        with ThreadPoolExecutor(1) as aside, ThreadPoolExecutor(cores() if self.device == "cpu" else 1) as pool:  # what is fitted need not wait for what is tried
+            narrowing = aside.submit(ONE_THREAD(who_answers), self.zoo, self.table, self.wish, "probed")
+            fitting = aside.submit(self._advice, narrowing)
+            models = self._each(pool, self._for_steps(models), "probe", "a few steps", self.count)
+            models = self._ordered(models, narrowing.result()[1])
+            run, runs = self._for_runs(models)
+            run = self._each(pool, run, "free", "short free runs", SHOWN, runs)
             asked = fitting.result()
-        return models if asked.name == narrowing.result()[0] else self._ordered(models, asked.ranker), self.found, asked
+        return models if self._settled() else self._ordered(run, asked.ranker), self.found, asked
+
+    def _settled(self) -> bool:
+        "Whether who narrows the field has the last word, too: the order is there before the free runs, which are part of the answer all the same."
+        asked = choice(self.zoo)[self.wish]
+        return asked["tried"] == asked["probed"]
 
     def _advice(self, narrowing: Future) -> Advice:
-        "Where the same ranker narrows the field and has the last word, it is fitted once."
-        asked = choice(self.zoo)[self.wish]
-        return advice(self.zoo, self.table, self.wish, "tried", narrowing.result() if asked["tried"] == asked["probed"] else None)
+        "Learnt once where it is one ranker."
+        return advice(self.zoo, self.table, self.wish, "tried", narrowing.result() if self._settled() else None)
 
     def _for_steps(self, models: Sequence[Model]) -> Sequence[Model]:
-        "Those that there is time for, `count` at least."
+        "Those that there is time for by their latencies, `count` at least."
         settings = self.zoo.settings
         return models[: max(self.count, in_time(models, self.costs, settings.probe_steps, settings.probe_frames, self.patience))]
 
     def _for_runs(self, models: list[Model]) -> tuple[list[Model], int]:
-        "Those that there is time for, `SHOWN` at least, and how many runs of each: rather fewer runs than fewer models, but two."
+        "Those that there is time for by their latencies, `SHOWN` at least, and how many runs of each: rather fewer runs than fewer models, but two."
         settings = self.zoo.settings
         most = min(settings.short_runs, settings.probe_frames)
         for runs in range(most, min(2, most) - 1, -1):
@@ -566,10 +573,12 @@ class _Tournament:
                 break
         return models[: max(SHOWN, many)], runs
 
-    def _each(self, pool: ThreadPoolExecutor, models: Sequence[Model], name: str, desc: str, runs: int = 0) -> list[Model]:
-        "Try all of them; those that could be."
-        look = ONE_THREAD(lambda model: tried(self.zoo, self.given, model, runs, self.device))
-        for model, numbers in zip(models, progress(pool.map(look, models), total=len(models), desc=desc)):
+    def _each(self, pool: ThreadPoolExecutor, models: Sequence[Model], name: str, desc: str, least: int, runs: int = 0) -> list[Model]:
+        "Try one after the other while there is time, the first `least` of them however long it takes; those that could be."
+        ends = time.monotonic() + self.patience
+        late = lambda place: place >= least and time.monotonic() > ends
+        look = ONE_THREAD(lambda place, model: None if late(place) else tried(self.zoo, self.given, model, runs, self.device))
+        for model, numbers in zip(models, progress(pool.map(look, range(len(models)), models), total=len(models), desc=desc)):
             self.found.setdefault(model.key, {})[name] = numbers or {}
         return [model for model in models if self.found[model.key][name]]
 
@@ -605,7 +614,7 @@ def shown(
         row = {"": place, "model": one.model.name, title: f"{sign * one.expected:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"}
         if one.here is not None and not math.isnan(one.here):
             row["measured in this flow"] = "blown up" if math.isinf(one.here) else f"{sign * one.here:.2f}"
-        row["blows up"] = f"{one.blowup:.0%}"
+        row["blows up"] = "–" if math.isnan(one.blowup) else f"{one.blowup:.0%}"
         row |= {name: f"{value:.3g}" for name, value in one.costs.items()}
         if one.probe:
             row["VRMSE of a few steps"] = f"{10 ** one.probe['log VRMSE last']:.3f}"
