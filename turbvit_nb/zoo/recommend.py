@@ -514,12 +514,13 @@ def recommend(
     if not best:
         best, found, asked = models[:count], {}, advice(zoo, table, wish, "untried", untried)
     row = row_of(table, zoo, given, best, found)
-    ran = np.array([bool(found.get(model.key, {}).get("free")) for model in best])  # without a run, who foresees blow-ups by runs is not asked
-    told = np.array([*asked.expect(row), np.where(ran | (not found), asked.blowups.predict(row)[:, 0], math.nan)]).T
+    told = np.array([*asked.expect(row), asked.blowups.predict(row)[:, 0]]).T
+    did = lambda model, what: found.get(model.key, {}).get(what, {})
+    chance = lambda model, p: float(p) if did(model, "free") or not found else math.nan  # without a run, who foresees blow-ups by runs is not asked
     flow = table.flows.index(given.flow.name) if given.flow.name in table.flows else None
     here = lambda model: None if flow is None else float(table.labels[wish][table.models.index(model.name), flow])
     return [
-        Recommended(model, *map(float, ends), costs[model.key], found.get(model.key, {}).get("probe", {}), found.get(model.key, {}).get("free", {}), here(model), asked.name, float(p), asked.foresight)
+        Recommended(model, *map(float, ends), costs[model.key], did(model, "probe"), did(model, "free"), here(model), asked.name, chance(model, p), asked.foresight)
         for model, (*ends, p) in zip(best, told)
     ]
 
@@ -545,19 +546,15 @@ class _Tournament:
             fitting = aside.submit(self._advice, narrowing)
             models = self._each(pool, self._for_steps(models), "probe", "a few steps", self.count)
             models = self._ordered(models, narrowing.result()[1])
-            run, runs = self._for_runs(models)
-            run = self._each(pool, run, "free", "short free runs", SHOWN, runs)
+            few, runs = self._for_runs(models)
+            few = self._each(pool, few, "free", "short free runs", SHOWN, runs)
             asked = fitting.result()
-        return models if self._settled() else self._ordered(run, asked.ranker), self.found, asked
-
-    def _settled(self) -> bool:
-        "Whether who narrows the field has the last word, too: the order is there before the free runs, which are part of the answer all the same."
-        asked = choice(self.zoo)[self.wish]
-        return asked["tried"] == asked["probed"]
+        return models if asked.name == narrowing.result()[0] else self._ordered(few, asked.ranker), self.found, asked
 
     def _advice(self, narrowing: Future) -> Advice:
-        "Learnt once where it is one ranker."
-        return advice(self.zoo, self.table, self.wish, "tried", narrowing.result() if self._settled() else None)
+        "Where the same ranker narrows the field and has the last word, it is fitted once."
+        asked = choice(self.zoo)[self.wish]
+        return advice(self.zoo, self.table, self.wish, "tried", narrowing.result() if asked["tried"] == asked["probed"] else None)
 
     def _for_steps(self, models: Sequence[Model]) -> Sequence[Model]:
         "Those that there is time for by their latencies, `count` at least."
