@@ -46,8 +46,9 @@ def interval_text(
     if math.isnan(value):
         return "?"
     if not math.isfinite(low + high):
-        return f"{value:{form}.3g}"
-    half = max((high - low) / 2, 1e-3 * abs(value)) or 1.0
+        return f"{value:{form}.3g}" if abs(value) < 1000 else f"{value:{form},.0f}"
+    half = (high - low) / 2
+    half = max(half, 1e-3 * abs(value)) if half > 1e-9 * abs(value) else 0.1 * abs(value) or 1.0  # without width: three digits
     counted = all(float(v).is_integer() for v in (value, low, high))
     decimals = 0 if counted and abs(value) >= 1 else max(0, 1 - math.floor(math.log10(half)))
     value, low, high = (f"{round(x, decimals) + 0.0:{form}.{decimals}f}" for x in (value, low, high))
