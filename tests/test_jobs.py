@@ -580,9 +580,10 @@ def test_one_damaged_status_hides_no_other_run(place, straight):
     shutil.rmtree(place / "runs" / "torn")
 
 
-def test_demo_from_data_to_table(place, monkeypatch):
-    "Every chapter once, and all that the last one compares; the rollouts of the other two runs are left out, for the time they take."
-    for job in ("unet 04_inference", "control 04_inference", "unet 06_long_analysis", "control 06_long_analysis"):
+@pytest.mark.parametrize("runs", [("vit",), pytest.param(("vit", "unet", "control"), marks=pytest.mark.soak)], ids=["one run", "all runs"])
+def test_demo_from_data_to_table(place, monkeypatch, runs):
+    "Every chapter, and all that the last one compares."
+    for job in [job for job in DEMO if job.split()[0] not in runs]:
         monkeypatch.delitem(DEMO, job)
     result = turbvit("demo", "--smoke")
     assert result.exit_code == 0, result.output
@@ -591,7 +592,7 @@ def test_demo_from_data_to_table(place, monkeypatch):
         assert (run / f"{name}.ipynb").exists() and (run / f"{name}.html").exists() and str(run / f"{name}.html") in result.output
     assert all(entry["state"] == "done" for entry in stages(run).values())
     assert all(0 < (run / name).stat().st_size < 3_000_000 for name in ("demo.gif", "demo.mp4"))
-    for name in ("ViT, dense", "ViT, 50 % of the weights", "UNet, dense", "persistence"):
+    for name in ("ViT, dense", "ViT, 50 % of the weights", "persistence", *["UNet, dense"] * ("unet" in runs)):
         assert name in result.output
     again = turbvit("demo", "--smoke")
     assert again.exit_code == 0 and "done in" not in again.output and again.output.count("done before") == len(DEMO) + 2

@@ -148,7 +148,7 @@ def ended(home: Path) -> None:
                 pass
 
 
-@pytest.fixture(params=["slurm", "pbs"])
+@pytest.fixture(params=["slurm", pytest.param("pbs", marks=pytest.mark.soak)])
 def site(request, tmp_path, monkeypatch):
     "A place with a queue: chapters, a config, and the user's file. Yields the name of the system."
     place = Path(tempfile.mkdtemp(prefix="queue-"))  # a short path: sockets have one

@@ -225,7 +225,7 @@ def kernels(process: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(child.cmdline())]
 
 
-@pytest.mark.parametrize("what", ["SIGTERM to the job", "SIGKILL of a kernel"])
+@pytest.mark.parametrize("what", [pytest.param("SIGTERM to the job", marks=pytest.mark.soak), "SIGKILL of a kernel"])
 def test_two_processes_that_are_stopped_go_on(chapter, done, what, warm):
     "A stop ends the step and is saved, a kernel that is killed takes the other one with it; both go on, in one process too."
     name = what.split()[0].lower()

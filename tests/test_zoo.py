@@ -100,6 +100,7 @@ def test_from_runs_to_a_recommendation(zoo, made):
     assert "noise_0.03" not in small and "measured in this flow" in small and "noise_0_" in small
 
 
+@pytest.mark.soak
 def test_two_processes_measure_what_one_does(zoo, warm):
     "Several processes give the same numbers, and so does one that was killed and went on."
     alone = plain(zoo)
