@@ -6,10 +6,11 @@
 __all__ = ['PARENT', 'WHOLE', 'KILLED', 'TERMINATED', 'INTERRUPTED', 'RESUME', 'STYLE', 'FOLDED', 'JOB_LOCK', 'Chapter',
            'chapters', 'find_chapter', 'Report', 'wrapped', 'run_heading', 'lessons', 'JobClient', 'JobEngine',
            'outlive', 'Signals', 'JobError', 'explain', 'execute', 'MathRenderer', 'MathExporter', 'ReportExporter',
-           'html_copy', 'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
+           'answered', 'html_copy', 'Job', 'plan_job', 'run_job', 'unopened', 'at_work', 'next_stage', 'Step', 'steps']
 
 # %% ../../nbs/lab/10_jobs.ipynb #a64babfb
 import ast
+import itertools
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
@@ -465,11 +466,20 @@ def _made(nb: NotebookNode) -> str:
     return "; ".join([*words, f"made by {code}"] if code else words)
 
 
+def answered(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
+    "The cells without the paragraphs that ask in vain: a cell ends in `else None`, and none shows anything."
+    heads = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
+    parts = [cells[a:b] for a, b in itertools.pairwise([0, *heads, len(cells)])]
+    asks = lambda part: any(cell.source.endswith("else None") for cell in part)
+    shown = [part for part in parts if not asks(part) or any(cell.get("outputs") for cell in part)]
+    return [cell for part in shown for cell in part]
+
+
 def _page(nb: NotebookNode, notebook: Path) -> str:
     "A whole HTML page: what the run did, then the chapter, folded."
     body = lambda cells: ReportExporter().from_notebook_node(NotebookNode(nb | {"cells": cells}))[0]
     run = run_heading(nb)
-    shown, chapter = (nb.cells, []) if run is None else (nb.cells[run:], nb.cells[:run])
+    shown, chapter = (nb.cells, []) if run is None else (answered(nb.cells[run:]), nb.cells[:run])
     style = STYLE + HtmlFormatter(style="friendly").get_style_defs(".highlight")
     title = f"{notebook.stem} of {notebook.absolute().parent.name}"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'

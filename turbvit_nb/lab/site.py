@@ -27,7 +27,7 @@ from .config import LabError, root, runs_dir
 from .index import (
     Row, find_runs, in_words, read_scorecard, read_stages, run_facts, run_rows, runs_table, spent)
 from .files import atomic
-from .jobs import Chapter, html_copy
+from .jobs import Chapter, answered, html_copy
 from .pages import Reports, write_page
 from .tables import Table, scorecard
 
@@ -219,7 +219,7 @@ def write_report(
         nbformat.v4.new_markdown_cell(text)
         for text in (f"# {run}: {title}\n\n> {summary or title}", about)
     ]
-    own = [cell for cell in run_part(nb) if cell.metadata.get("tags") != ["about"]]
+    own = answered([cell for cell in run_part(nb) if cell.metadata.get("tags") != ["about"]])
     cells += from_below(without_films(without_progress(own), report.parent, run), up)
     page = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
