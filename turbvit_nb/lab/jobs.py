@@ -467,12 +467,12 @@ def _made(nb: NotebookNode) -> str:
 
 
 def answered(cells: Sequence[NotebookNode]) -> list[NotebookNode]:
-    "The cells without the paragraphs that ask in vain: a cell ends in `else None`, and none shows anything."
+    "The cells without those that end in `else None` and show nothing, and without paragraphs of which nothing else is left."
+    in_vain = lambda cell: cell.source.endswith("else None") and not cell.get("outputs")
     heads = [i for i, cell in enumerate(cells) if cell.cell_type == "markdown"]
     parts = [cells[a:b] for a, b in itertools.pairwise([0, *heads, len(cells)])]
-    asks = lambda part: any(cell.source.endswith("else None") for cell in part)
-    shown = [part for part in parts if not asks(part) or any(cell.get("outputs") for cell in part)]
-    return [cell for part in shown for cell in part]
+    shown = [part for part in parts if not any(map(in_vain, part)) or any(cell.get("outputs") for cell in part)]
+    return [cell for part in shown for cell in part if not in_vain(cell)]
 
 
 def _page(nb: NotebookNode, notebook: Path) -> str:

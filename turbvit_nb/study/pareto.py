@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import holoviews as hv
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..lab.plots import COLOURS, THRESHOLD
 from ..lab.tables import Table, interval_text
@@ -88,7 +88,8 @@ def plain_logs(aspect: float) -> Callable:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
                 low, high = axis.get_view_interval()  # between near ones there may be none of 1, 2, 5
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
+                near = MaxNLocator(4) if high > 1.02 * low else FixedLocator([math.sqrt(low * high)])
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else near)
                 axis.set_major_formatter(FuncFormatter(text))
                 axis.set_minor_formatter(NullFormatter())
 
