@@ -23,7 +23,7 @@ from nbdev.config import get_config
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 from .config import root
-from .jobs import STYLE, MathExporter
+from .reports import STYLE, MathExporter
 from .pages import is_picture
 from .site import heading_id, site_files, site_pages, way
 from .tables import Table

@@ -8,6 +8,7 @@ __all__ = ['MARKS', 'fixed', 'interval_text', 'Table', 'scorecard']
 # %% ../../nbs/lab/08_tables.ipynb #7ab1e002
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 # %% ../../nbs/lab/08_tables.ipynb #ebe129b8
@@ -98,7 +99,8 @@ def _markdown(table: Table) -> str:
 
 def _td(text: str, tag: str, side: str) -> str:
     "A cell of an HTML table that breaks only where it is a sentence."
-    sentence = len(text) > 30 and sum(map(str.isalpha, text)) > len(text) / 2
+    words = re.findall(r"[^\W\d_]{2,}", text)
+    sentence = len(text) > 30 and (len("".join(words)) > len(text) / 2 or len(words) > 5)
     side = "left" if sentence and tag == "td" else side
     style = f"text-align: {side}" + ("" if sentence or tag == "th" else "; white-space: nowrap")
     return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
