@@ -276,9 +276,10 @@ HOLD = """
 import sys, time
 from turbvit_nb.lab.runs import open_run
 run = open_run(sys.argv[1], "train")
-print("open", flush=True)
 run.log(step=1)
-time.sleep(60)
+print("open", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
 """
 
 

@@ -270,7 +270,7 @@ def resume(
     path = find_config(folder)
     stage = chapter or next_stage(path)
     first = unopened(path).get(find_chapter(stage).stage)
-    if first is None:
+    if not first:  # of a job whose notebook is being written there is nothing known, and its lock will say so
         _job(stage, path if Path(folder).is_absolute() else folder, set, lessons=lessons, processes=nproc)
     else:
         own = {key: value for key, value in first.items() if key not in ("config", "overrides")}

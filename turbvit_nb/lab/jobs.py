@@ -503,7 +503,13 @@ def unopened(
     for path in sorted(folder.glob(".*.unfinished.ipynb")):
         stage = Chapter(folder / path.name.removeprefix(".").replace(".unfinished", "")).stage
         if stage not in known:
-            found[stage] = read_json(path, _Unfinished, "delete it and begin the job again")["metadata"]["papermill"]["parameters"]
+            try:
+                told = read_json(path, _Unfinished, "delete it and begin the job again")
+            except LabError:
+                if not at_work(folder):
+                    raise
+                told = {"metadata": {"papermill": {"parameters": {}}}}  # papermill is writing it
+            found[stage] = told["metadata"]["papermill"]["parameters"]
     return found
 
 
