@@ -273,7 +273,8 @@ def test_another_number_of_threads_is_noted(home):
 
 
 HOLD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 from turbvit_nb.lab.runs import open_run
 run = open_run(sys.argv[1], "train")
 run.log(step=1)
