@@ -37,9 +37,9 @@ from typing_extensions import Required, TypedDict
 
 from .config import Config as Settings
 from .config import LabError, code_version, find_config, hint, load_config, nbs_dir
-from .config import registry, run_folder
-from .files import Lock, added_to, atomic, locked, read_json, undamaged
-from .progress import Relay, clock
+from .config import registry
+from .files import Lock, added_to, locked, read_json, undamaged
+from .progress import Relay
 from .ranks import ranks
 from .reports import html_copy, run_heading
 from .runs import folder_of, plan_run, stages
@@ -502,14 +502,14 @@ def unopened(
     known, found = stages(folder), {}
     for path in sorted(folder.glob(".*.unfinished.ipynb")):
         stage = Chapter(folder / path.name.removeprefix(".").replace(".unfinished", "")).stage
-        if stage not in known:
-            try:
-                told = read_json(path, _Unfinished, "delete it and begin the job again")
-            except LabError:
-                if not at_work(folder):
-                    raise
-                told = {"metadata": {"papermill": {"parameters": {}}}}  # papermill is writing it
-            found[stage] = told["metadata"]["papermill"]["parameters"]
+        if stage in known:
+            continue
+        try:
+            found[stage] = read_json(path, _Unfinished, "delete it and begin the job again")["metadata"]["papermill"]["parameters"]
+        except LabError:
+            if not at_work(folder):
+                raise
+            found[stage] = {}  # papermill is writing it
     return found
 
 

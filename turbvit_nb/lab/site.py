@@ -202,8 +202,8 @@ def write_report(
         nbformat.v4.new_markdown_cell(text)
         for text in (f"# {run}: {title}\n\n> {summary or title}", about)
     ]
-    own = answered([cell for cell in run_part(nb) if cell.metadata.get("tags") != ["about"]])
-    cells += from_below(without_films(without_progress(own), report.parent, run), up)
+    own = [cell for cell in run_part(nb) if cell.metadata.get("tags") != ["about"]]
+    cells += from_below(without_films(answered(without_progress(own)), report.parent, run), up)
     page = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(page, target)

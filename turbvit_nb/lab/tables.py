@@ -24,6 +24,11 @@ def fixed(
     return text if float(text.replace(",", "")) else text.lstrip("-")
 
 
+def _short(value: float, form: str = "") -> str:
+    "A number in three digits, from a thousand on to the unit."
+    return f"{value:{form}.3g}" if abs(value) < 1000 else f"{value:{form},.0f}"
+
+
 def _cell(value, decimals: int | None = None) -> str:
     "One value as text."
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -33,7 +38,7 @@ def _cell(value, decimals: int | None = None) -> str:
     if isinstance(value, float) and decimals is not None:
         return fixed(value, decimals)
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return _short(value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 # %% ../../nbs/lab/08_tables.ipynb #655f1fb8
@@ -47,7 +52,7 @@ def interval_text(
     if math.isnan(value):
         return "?"
     if not math.isfinite(low + high):
-        return f"{value:{form}.3g}" if abs(value) < 1000 else f"{value:{form},.0f}"
+        return _short(value, form)
     half = (high - low) / 2
     half = max(half, 1e-3 * abs(value)) if half > 1e-9 * abs(value) else 0.1 * abs(value) or 1.0  # without width: three digits
     counted = all(float(v).is_integer() for v in (value, low, high))
