@@ -94,7 +94,7 @@ ROOMS = {  # a folder: what its modules may import
     "sparse": {"sparse", "flow", "emulators", "model", "datasets"} | GROUND,
     "climate": {"climate", "forecast", "model", "datasets"} | GROUND,
     "benchmark": {"benchmark", "data", "climate", "forecast", "compress", "sparse", "study", "emulators", "networks", "model", "datasets"} | GROUND,
-    "zoo": {"zoo", "data", "climate", "forecast", "compress", "study", "latent", "emulators", "networks", "model", "datasets"} | GROUND,
+    "zoo": {"zoo", "data", "climate", "forecast", "compress", "study", "latent", "flow", "sparse", "emulators", "networks", "model", "datasets"} | GROUND,
     "study": {"study", "climate", "forecast", "compress", "emulators", "networks", "model", "datasets"} | GROUND,
 }
 HANDED_ON = {"prune": {"train", "flow"}, "sparse": {"train"}, "distil": {"train"}, "flow": {"train", "latent"}, "images": {"flow"}, "classes": {"flow", "sparse"}, "methods": {"sparse"}, "arrays": {"latent"}, "condition": {"latent"}}  # what one chapter takes from another: finetuning is a training
