@@ -151,7 +151,12 @@ def test_climates_are_the_same(done, world):
     assert one.keys() == several.keys() == {"truth", "best", "flow"}
     xr.testing.assert_allclose(one["truth"], several["truth"], rtol=1e-9, atol=1e-12)
     for name in ("best", "flow"):
-        xr.testing.assert_allclose(one[name], several[name], rtol=1e-3, atol=1e-5)
+        counts = [key for key in one[name].data_vars if "counts_" in key]
+        xr.testing.assert_allclose(one[name].drop_vars(counts), several[name].drop_vars(counts), rtol=1e-3, atol=1e-5)
+        assert len(counts) == 4
+        for key in counts:  # a value at the edge of a bin falls to one side or to the other: two of 286,720 were seen to
+            a, b = one[name][key], several[name][key]
+            assert int(a.sum()) == int(b.sum()) and int(abs(a - b).sum()) <= 2e-4 * int(a.sum())
 
 
 @pytest.mark.parametrize("world", [1, *WORLDS])
