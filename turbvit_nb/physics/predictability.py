@@ -187,11 +187,12 @@ def pod(
 ) -> tuple[Tensor, Tensor]:
     "Orthonormal modes (r, 2, N, N), float32, and the fraction of the snapshots' energy that each carries (r,)."
     flat = snapshots.flatten(1)
-    gram = sum(part.double() @ part.double().T for part in flat.split(2**14, 1))  # rounded to single precision, weak modes would not be orthogonal
+    tall = len(flat) > flat.shape[1]
+    gram = sum(part.double() @ part.double().T for part in (flat.T if tall else flat).split(2**14, 1))  # rounded to single precision, weak modes would not be orthogonal
     variances, vectors = torch.linalg.eigh(gram)
     good = (variances > 1e-7 * variances[-1]).sum().clamp(max=modes)
     variances, vectors = variances.flip(0)[:good], vectors.flip(1)[:, :good]
-    found = (vectors / variances.sqrt()).T.to(flat.dtype) @ flat
+    found = vectors.T if tall else (vectors / variances.sqrt()).T.to(flat.dtype) @ flat
     return found.float().unflatten(1, snapshots.shape[1:]), variances / gram.diagonal().sum()
 
 
