@@ -106,7 +106,7 @@ def _evidence(features: np.ndarray, labels: np.ndarray) -> float:
 def image_set_features(
     images: ImageSet,  # with labels
     encode: nn.Module | None = None,  # images (n, C, N, N) to features (n, K), as `find_encoder` has them
-    most: int = 512,  # pictures to look at
+    most: int = 256,  # pictures to look at
 ) -> dict[str, float]:
     "The numbers that describe a set of pictures; those of the encoder are NaN without one."
     x, labels = images.images[:most], images.labels[:most].numpy()
