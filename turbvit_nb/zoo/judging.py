@@ -21,7 +21,7 @@ from ..lab import plots, tables
 from ..lab.config import LabError
 from ..lab.progress import progress
 from .rankers import Foresight, Ranker
-from .scores import HIGHER, RANGES, SCORE_TITLES, SCORES, over_splits, regret
+from .scores import ORDERS, SCORES, over_splits, regret
 from .table import Table, seen_cells
 
 # %% ../../nbs/zoo/13_judging.ipynb #0398b7dc
@@ -84,8 +84,8 @@ def _scored(
     labels: np.ndarray,  # (M, R)
     allowed: Mapping[str, np.ndarray],  # (M,) bool, by name of the budget
 ) -> tuple[list[float], list[float]]:
-    "The scores, in the order of `SCORES`, and the regret under each budget."
-    return ([_mean(score(predicted, labels)) for score in SCORES.values()],
+    "The scores, in the order of `ORDERS`, and the regret under each budget."
+    return ([_mean(score(predicted, labels)) for score in ORDERS.values()],
             [_mean(regret(predicted, labels, mask)) for mask in allowed.values()])
 
 # %% ../../nbs/zoo/13_judging.ipynb #f2b7628b
@@ -99,7 +99,7 @@ def judge(
     "All scores of all rankers. Raises `LabError` for a budget that no model keeps to."
     wishes, masks = [*table.labels], {name: table.within(budget) for name, budget in budgets.items()}
     shape = len(rankers), len(wishes), len(QUADRANTS), len(parts)
-    scores, under = np.full((*shape, len(SCORES)), np.nan), np.full((*shape, len(masks)), np.nan)
+    scores, under = np.full((*shape, len(ORDERS)), np.nan), np.full((*shape, len(masks)), np.nan)
     share = np.full(shape[2:], np.nan)
     for s, part in enumerate(progress(parts, desc="splits")):
         train, asked, share[:, s] = _sides(part, table)
@@ -123,7 +123,7 @@ def _sides(part: Split, table: Table) -> tuple[Table, dict[str, Table], list[flo
 def _dataset(scores: np.ndarray, under: np.ndarray, share: np.ndarray, rankers: list[str], wishes: list[str], budgets: list[str]) -> xr.Dataset:
     "The arrays of `judge` with their names."
     axes = ("ranker", "wish", "quadrant", "split")
-    found = {name: (axes, scores[..., i]) for i, name in enumerate(SCORES)}
+    found = {name: (axes, scores[..., i]) for i, name in enumerate(ORDERS)}
     found |= {"regret_within": ((*axes, "budget"), under), "share": (axes[2:], share)}
     return xr.Dataset(found, {"ranker": rankers, "wish": wishes, "quadrant": list(QUADRANTS), "budget": budgets})
 
@@ -140,7 +140,7 @@ def with_interval(
     for q in judged.quadrant:
         one = values.sel(quadrant=q)
         found = over_splits(one.transpose("split", ...).values, float(judged.share.sel(quadrant=q).mean()), level)
-        found = found if over else found.clip(*RANGES[score.removesuffix("_within")])
+        found = found if over else found.clip(*SCORES[score.removesuffix("_within")].ends)
         parts.append(xr.DataArray(found, dims=("end", *one.isel(split=0).dims)))
     made = xr.concat(parts, "quadrant").transpose("end", *(d for d in values.dims if d != "split"))
     return made.assign_coords(end=["mean", "low", "high"], **{d: values[d] for d in made.dims if d in values.coords})
@@ -157,10 +157,10 @@ def verdict(
     for wish in judged.wish.values:
         for quadrant in judged.quadrant.values:
             mean, low, high = found.sel(wish=wish, quadrant=quadrant).values
-            ahead, behind = (low > 0, high < 0) if HIGHER[score] else (high < 0, low > 0)
+            ahead, behind = (low > 0, high < 0) if SCORES[score].higher else (high < 0, low > 0)
             said = "ahead" if ahead else "behind" if behind else "no difference shown"
             rows.append({"": f"{wish}, {quadrant}", "difference": tables.interval_text(mean, low, high, "+"), "verdict": said})
-    return tables.Table(rows, f"{ranker} against {over}: {SCORE_TITLES[score]} [95 % interval]")
+    return tables.Table(rows, f"{ranker} against {over}: {SCORES[score].title} [95 % interval]")
 
 # %% ../../nbs/zoo/13_judging.ipynb #01ca92f2
 def chosen(
@@ -174,7 +174,7 @@ def chosen(
     if wish not in judged.wish:
         raise LabError(f"there is no wish {wish}; there are {', '.join(map(str, judged.wish.values))}")
     names = [str(name) for name in judged.ranker.values if among is None or name in among]
-    sign, behind = 1 if HIGHER[score] else -1, np.zeros(len(names), int)
+    sign, behind = 1 if SCORES[score].higher else -1, np.zeros(len(names), int)
     for quadrant in quadrants:
         at = dict(ranker=names, wish=wish, quadrant=quadrant)
         means = sign * with_interval(judged, score).sel(end="mean", **at).values
@@ -184,16 +184,25 @@ def chosen(
     return names[int(behind.argmin())]
 
 # %% ../../nbs/zoo/13_judging.ipynb #f6dcabb4
+def _by_ranker(
+    found: xr.DataArray,  # of `with_interval`, one wish
+    columns: Mapping[str, Mapping[str, str]],  # by title: where to look
+    caption: str,
+) -> tables.Table:
+    "A row for each ranker: means with their intervals."
+    cell = lambda **at: tables.interval_text(*map(float, found.sel(at)))
+    rows = [{"": str(ranker)} | {title: cell(ranker=ranker, **at) for title, at in columns.items()} for ranker in found.ranker.values]
+    return tables.Table(rows, f"{caption} [95 % interval over splits]")
+
+
 def judged_table(
     judged: xr.Dataset,
     wish: str,
     score: str = "weighted_tau",
 ) -> tables.Table:
     "A row for each ranker, a column for each quadrant, with intervals."
-    found = with_interval(judged, score).sel(wish=wish)
-    cell = lambda ranker, quadrant: tables.interval_text(*map(float, found.sel(ranker=ranker, quadrant=quadrant)))
-    rows = [{"": str(ranker)} | {str(q): cell(ranker, q) for q in judged.quadrant.values} for ranker in judged.ranker.values]
-    return tables.Table(rows, f"{wish}: {SCORE_TITLES[score]} [95 % interval over splits]")
+    columns = {str(quadrant): {"quadrant": quadrant} for quadrant in judged.quadrant.values}
+    return _by_ranker(with_interval(judged, score).sel(wish=wish), columns, f"{wish}: {SCORES[score].title}")
 
 
 def budget_table(
@@ -202,12 +211,9 @@ def budget_table(
     quadrants: Sequence[str] = ("new flow", "both new"),
 ) -> tables.Table:
     "The regret within each budget: a row for each ranker."
+    columns = {f"{budget}, {quadrant}": {"budget": budget, "quadrant": quadrant} for budget in judged.budget.values for quadrant in quadrants}
     found = with_interval(judged, "regret_within").sel(wish=wish)
-    cell = lambda **at: tables.interval_text(*map(float, found.sel(at)))
-    columns = [(str(budget), quadrant) for budget in judged.budget.values for quadrant in quadrants]
-    rows = [{"": str(ranker)} | {f"{budget}, {quadrant}": cell(ranker=ranker, budget=budget, quadrant=quadrant) for budget, quadrant in columns}
-            for ranker in judged.ranker.values]
-    return tables.Table(rows, f"{wish}: {SCORE_TITLES['regret']} among the models that keep to the budget [95 % interval over splits]")
+    return _by_ranker(found, columns, f"{wish}: {SCORES['regret'].title} among the models that keep to the budget")
 
 
 def judged_figure(
@@ -222,7 +228,7 @@ def judged_figure(
     room = 0.05 * (np.nanmax(ends) - np.nanmin(ends)) or 1.0
     look = {"xlim": (min(np.nanmin(ends), 0.0) - room, np.nanmax(ends) + room), "reference": 0.0, "fig_inches": 2.2}
     panels = [plots.forest({str(name): tuple(map(float, found.sel(ranker=name, quadrant=q))) for name in judged.ranker.values},
-                           SCORE_TITLES[score], str(q), named=q == quadrants[0], **look) for q in quadrants]
+                           SCORES[score].title, str(q), named=q == quadrants[0], **look) for q in quadrants]
     return plots.beside(*panels)
 
 # %% ../../nbs/zoo/13_judging.ipynb #b10b0002
