@@ -38,12 +38,13 @@ def alone(path: Path) -> tuple[bool, float]:
 
 def main() -> int:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    paths = sorted(importlib.import_module("nbdev.doclinks").nbglob(ROOT / "nbs", as_path=True))
+    found = importlib.import_module("nbdev.doclinks").nbglob(ROOT / "nbs", as_path=True)
+    paths = sorted(found, key=lambda path: (path.parent.name != "tutorials", path))  # the longest first: at the end no core waits for them
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = dict(zip(paths, pool.map(alone, paths)))
-    for path, (passed, seconds) in sorted(found.items(), key=lambda item: -item[1][1]):
+        ran = dict(zip(paths, pool.map(alone, paths)))
+    for path, (passed, seconds) in sorted(ran.items(), key=lambda item: -item[1][1]):
         print(f"{seconds:6.0f} s  {path.relative_to(ROOT)}{'' if passed else '  FAILED'}")
-    return 0 if all(passed for passed, _ in found.values()) else 1
+    return 0 if all(passed for passed, _ in ran.values()) else 1
 
 
 if __name__ == "__main__":

@@ -416,29 +416,31 @@ LEVEL = 0.9  # of the intervals
 
 
 Ends = tuple[np.ndarray, np.ndarray, np.ndarray]  # what is expected of each model, and the interval, (M,)
+_BEST = {"forecast": 1.0, "climate": 0.0}  # nothing is better than the truth
 
 
 def expectation(
     table: Table,  # measured
-    wish: str,
     sees: Sequence[str],  # blocks of features
-) -> Callable[[Table], Ends]:  # of the contestants in one flow
-    "Learn which score to expect; a blow-up counts as one range below the worst that survived."
-    labels, standard = sunk(table.labels[wish]), fitted(table)
-    known = ~np.isnan(labels)
+) -> Callable[[Table], dict[str, Ends]]:  # of the contestants in one flow, by wish
+    "Learn which scores to expect; a blow-up counts as one range below the worst that survived."
+    labels, standard = np.stack([sunk(table.labels[wish]) for wish in WISHES], -1), fitted(table)
+    known = ~np.isnan(labels).any(-1)
     rows, wanted = design(standard(table), sees, compared=False)[known], labels[known]
+    width = np.where(wanted.std(0) > 0, wanted.std(0), 1.0)  # the same trees say both, so both weigh alike
     flow, family = np.nonzero(known)[1], np.unique(table.families, return_inverse=True)[1][np.nonzero(known)[0]]
     groups = flow if len(np.unique(flow)) > 1 else family
     learner, low, high, folds = random_trees(50), -np.inf, np.inf, min(3, len(np.unique(groups)))
     if folds > 1:
-        out = cross_val_predict(learner, rows, wanted, groups=groups, cv=GroupKFold(folds))
-        low, high = np.quantile(wanted - out, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    learner.fit(rows, wanted)
-    best = 1.0 if wish == "forecast" else 0.0  # nothing is better than the truth
+        out = cross_val_predict(learner, rows, wanted / width, groups=groups, cv=GroupKFold(folds)) * width
+        low, high = np.quantile(wanted - out, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    learner.fit(rows, wanted / width)
 
-    def expect(row: Table) -> Ends:
-        found = learner.predict(design(standard(row), sees, compared=False)[:, 0])
-        return found, found + low, np.minimum(found + high, np.maximum(found, best))
+    def expect(row: Table) -> dict[str, Ends]:
+        found = learner.predict(design(standard(row), sees, compared=False)[:, 0]) * width
+        best = np.maximum(found, [_BEST[wish] for wish in WISHES])
+        ends = found, found + low, np.minimum(found + high, best)
+        return {wish: tuple(end[:, i] for end in ends) for i, wish in enumerate(WISHES)}
 
     return expect
 
@@ -448,9 +450,7 @@ class Recommended:
     "One line of the answer."
 
     model: Model
-    expected: float  # mean ACC of u, or minus the distance of the climate
-    low: float
-    high: float
+    expected: Mapping[str, tuple[float, float, float]]  # by wish: mean ACC of u, or minus the distance of the climate; and its interval
     costs: Mapping[str, float]
     probe: Mapping[str, float]  # what it did on the frames that were given; empty where there were none
     free: Mapping[str, float]
@@ -466,7 +466,7 @@ class Advice:
 
     name: str
     ranker: Ranker
-    expect: Callable[[Table], Ends]
+    expect: Callable[[Table], dict[str, Ends]]
     blowups: Foresight
     foresight: str  # who foresees them, and how well that has been judged
 
@@ -486,7 +486,7 @@ def advice(
     "Fit those who are asked."
     name, ranker = who or who_answers(zoo, table, wish, how)
     asked, sees = choice(zoo)["blow-up"], SEES["free run" if how == "tried" else "metadata"]
-    return Advice(name, ranker, expectation(table, wish, sees), FORESIGHT[asked[how]]().fit(table), f"{asked[how]} ({asked[f'why {how}']})")
+    return Advice(name, ranker, expectation(table, sees), FORESIGHT[asked[how]]().fit(table), f"{asked[how]} ({asked[f'why {how}']})")
 
 
 @ONE_THREAD
@@ -514,14 +514,15 @@ def recommend(
     if not best:
         best, found, asked = models[:count], {}, advice(zoo, table, wish, "untried", untried)
     row = row_of(table, zoo, given, best, found)
-    told = np.array([*asked.expect(row), asked.blowups.predict(row)[:, 0]]).T
+    told, chances = asked.expect(row), asked.blowups.predict(row)[:, 0]
+    ends = lambda m: {each: tuple(float(end[m]) for end in told[each]) for each in WISHES}
     did = lambda model, what: found.get(model.key, {}).get(what, {})
     chance = lambda model, p: float(p) if did(model, "free") or not found else math.nan  # without a run, who foresees blow-ups by runs is not asked
     flow = table.flows.index(given.flow.name) if given.flow.name in table.flows else None
     here = lambda model: None if flow is None else float(table.labels[wish][table.models.index(model.name), flow])
     return [
-        Recommended(model, *map(float, ends), costs[model.key], did(model, "probe"), did(model, "free"), here(model), asked.name, chance(model, p), asked.foresight)
-        for model, (*ends, p) in zip(best, told)
+        Recommended(model, ends(m), costs[model.key], did(model, "probe"), did(model, "free"), here(model), asked.name, chance(model, chances[m]), asked.foresight)
+        for m, model in enumerate(best)
     ]
 
 
@@ -598,19 +599,35 @@ def _first(row: Table, models: Sequence[Model], ranker: Ranker, wish: str, count
     return [models[i] for i in np.argsort(-scores, kind="stable")[:count]]
 
 # %% ../../nbs/zoo/14_recommend.ipynb #cd786279
+_SAID = {"forecast": ("mean ACC of u", 1), "climate": ("distance of the climate", -1)}  # by wish: what it is called, and its sign
+
+
+def _expected(one: Recommended, wish: str) -> dict[str, str]:
+    "What is expected, with its interval."
+    title, sign = _SAID[wish]
+    mean, *ends = (sign * value + 0.0 for value in one.expected[wish])  # + 0: not −0.00
+    return {title: f"{mean:.2f} [{min(ends):.2f}, {max(ends):.2f}]"}
+
+
+def _taught(model: Model) -> str:
+    "The flow that a model was trained on, or how many there were."
+    flows = [dict(zip(CONDITIONS, told)) for told in model.conditions]
+    if len(flows) != 1:
+        return f"{len(flows)} flows" if flows else "–"
+    return "Re {Re:g}, β {beta:g}, k {k:g}".format(k=math.hypot(flows[0]["fkx"], flows[0]["fky"]), **flows[0])
+
+
 def shown(
     answer: Sequence[Recommended],
     wish: str,
 ) -> Shown:
     "The answer as a table."
-    sign = 1 if wish == "forecast" else -1
-    title = "mean ACC of u" if wish == "forecast" else "distance of the climate"
-    rows = []
+    sign, rows, other = _SAID[wish][1], [], next(each for each in WISHES if each != wish)
     for place, one in enumerate(answer, start=1):
-        ends = sorted((sign * one.low + 0.0, sign * one.high + 0.0))  # + 0: not −0.00
-        row = {"": place, "model": one.model.name, title: f"{sign * one.expected:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"}
+        row = {"": place, "model": one.model.name, "trained on": _taught(one.model)} | _expected(one, wish)
         if one.here is not None and not math.isnan(one.here):
             row["measured in this flow"] = "blown up" if math.isinf(one.here) else f"{sign * one.here:.2f}"
+        row |= _expected(one, other)
         row["blows up"] = "–" if math.isnan(one.blowup) else f"{one.blowup:.0%}"
         row |= {name: f"{value:.3g}" for name, value in one.costs.items()}
         if one.probe:
