@@ -416,31 +416,29 @@ LEVEL = 0.9  # of the intervals
 
 
 Ends = tuple[np.ndarray, np.ndarray, np.ndarray]  # what is expected of each model, and the interval, (M,)
-_BEST = {"forecast": 1.0, "climate": 0.0}  # nothing is better than the truth
 
 
 def expectation(
     table: Table,  # measured
+    wish: str,
     sees: Sequence[str],  # blocks of features
-) -> Callable[[Table], dict[str, Ends]]:  # of the contestants in one flow, by wish
-    "Learn which scores to expect; a blow-up counts as one range below the worst that survived."
-    labels, standard = np.stack([sunk(table.labels[wish]) for wish in WISHES], -1), fitted(table)
-    known = ~np.isnan(labels).any(-1)
+) -> Callable[[Table], Ends]:  # of the contestants in one flow
+    "Learn which score to expect; a blow-up counts as one range below the worst that survived."
+    labels, standard = sunk(table.labels[wish]), fitted(table)
+    known = ~np.isnan(labels)
     rows, wanted = design(standard(table), sees, compared=False)[known], labels[known]
-    width = np.where(wanted.std(0) > 0, wanted.std(0), 1.0)  # the same trees say both, so both weigh alike
     flow, family = np.nonzero(known)[1], np.unique(table.families, return_inverse=True)[1][np.nonzero(known)[0]]
     groups = flow if len(np.unique(flow)) > 1 else family
     learner, low, high, folds = random_trees(50), -np.inf, np.inf, min(3, len(np.unique(groups)))
     if folds > 1:
-        out = cross_val_predict(learner, rows, wanted / width, groups=groups, cv=GroupKFold(folds)) * width
-        low, high = np.quantile(wanted - out, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    learner.fit(rows, wanted / width)
+        out = cross_val_predict(learner, rows, wanted, groups=groups, cv=GroupKFold(folds))
+        low, high = np.quantile(wanted - out, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    learner.fit(rows, wanted)
+    best = 1.0 if wish == "forecast" else 0.0  # nothing is better than the truth
 
-    def expect(row: Table) -> dict[str, Ends]:
-        found = learner.predict(design(standard(row), sees, compared=False)[:, 0]) * width
-        best = np.maximum(found, [_BEST[wish] for wish in WISHES])
-        ends = found, found + low, np.minimum(found + high, best)
-        return {wish: tuple(end[:, i] for end in ends) for i, wish in enumerate(WISHES)}
+    def expect(row: Table) -> Ends:
+        found = learner.predict(design(standard(row), sees, compared=False)[:, 0])
+        return found, found + low, np.minimum(found + high, np.maximum(found, best))
 
     return expect
 
@@ -466,7 +464,7 @@ class Advice:
 
     name: str
     ranker: Ranker
-    expect: Callable[[Table], dict[str, Ends]]
+    expects: Mapping[str, Callable[[Table], Ends]]  # by wish
     blowups: Foresight
     foresight: str  # who foresees them, and how well that has been judged
 
@@ -486,7 +484,7 @@ def advice(
     "Fit those who are asked."
     name, ranker = who or who_answers(zoo, table, wish, how)
     asked, sees = choice(zoo)["blow-up"], SEES["free run" if how == "tried" else "metadata"]
-    return Advice(name, ranker, expectation(table, sees), FORESIGHT[asked[how]]().fit(table), f"{asked[how]} ({asked[f'why {how}']})")
+    return Advice(name, ranker, {each: expectation(table, each, sees) for each in WISHES}, FORESIGHT[asked[how]]().fit(table), f"{asked[how]} ({asked[f'why {how}']})")
 
 
 @ONE_THREAD
@@ -498,7 +496,7 @@ def recommend(
     shortlist: int = 24,  # contestants that make a few steps, at most
     count: int = 5,  # lines of the answer
     device: str = "cpu",
-    patience: float = 4.0,  # seconds that trying them may take, half of it for a few steps, half for free runs
+    patience: float = 3.0,  # seconds that trying them may take, half of it for a few steps, half for free runs
 ) -> list[Recommended]:  # the best first
     "Which models to take. Raises `LabError` for a wish that there is not, a budget nobody keeps to, or an empty zoo."
     if wish not in WISHES:
@@ -514,7 +512,7 @@ def recommend(
     if not best:
         best, found, asked = models[:count], {}, advice(zoo, table, wish, "untried", untried)
     row = row_of(table, zoo, given, best, found)
-    told, chances = asked.expect(row), asked.blowups.predict(row)[:, 0]
+    told, chances = {each: expect(row) for each, expect in asked.expects.items()}, asked.blowups.predict(row)[:, 0]
     ends = lambda m: {each: tuple(float(end[m]) for end in told[each]) for each in WISHES}
     did = lambda model, what: found.get(model.key, {}).get(what, {})
     chance = lambda model, p: float(p) if did(model, "free") or not found else math.nan  # without a run, who foresees blow-ups by runs is not asked
