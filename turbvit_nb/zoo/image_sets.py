@@ -65,7 +65,7 @@ def _from_transformers(name: str) -> Encoder:
     library = import_module("transformers")
     told = library.AutoImageProcessor.from_pretrained(name)
     body = library.AutoModel.from_pretrained(name, use_safetensors=True)
-    return Encoder(_Hidden(body), max(told.size.values()), told.image_mean, told.image_std)
+    return Encoder(_Hidden(body), told.size.get("height") or told.size["shortest_edge"], told.image_mean, told.image_std)
 
 
 _ENCODERS = {"timm": _from_timm, "hf": _from_transformers}
