@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..emulators.kinds import evaluating
 from ..flow.images import ImageSet
 from ..lab.config import LabError
 from ..lab.progress import note, progress
@@ -90,7 +91,7 @@ _OCTAVES = (1, 2, 4)  # the first wavenumber of each
 
 
 def _power(images: np.ndarray) -> list[float]:
-    "log₁₀ of the share of the power in each octave; images (n, N, N)."
+    "log₁₀ of the share of the power in each octave; images (n, N, N), of an odd number of points too, which `Grid.spectrum` does not take."
     k = np.fft.fftfreq(images.shape[-1], 1 / images.shape[-1])
     K, power = np.hypot(*np.meshgrid(k, k)), np.square(np.abs(np.fft.fft2(images))).mean(0)
     share = lambda low: power[(K >= low - 0.5) & (K < 2 * low - 0.5)].sum() / max(power[K > 0].sum(), 1e-300)
@@ -132,7 +133,6 @@ class Classifier:
     facts: Mapping[str, float]  # what is known of network and training, the same names for all
 
 
-@torch.no_grad()
 def inner_features(
     network: nn.Module,
     images: Tensor,  # (n, C, N, N)
@@ -141,15 +141,14 @@ def inner_features(
     heads = [part for part in network.modules() if isinstance(part, nn.Linear)]
     if not heads:
         raise LabError(f"{type(network).__name__} has no linear layer, so it is not known what its head is given")
-    kept, training = [], network.training
+    kept = []
     hook = heads[-1].register_forward_pre_hook(lambda _, given: kept.append(given[0]))
     try:
-        network.eval()
-        for part in images.split(256):
-            network(part)
+        with evaluating(network):
+            for part in images.split(256):
+                network(part)
     finally:
         hook.remove()
-        network.train(training)
     return torch.cat(kept)
 
 
